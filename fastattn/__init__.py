@@ -1,0 +1,26 @@
+"""Fused kernels for training transformer encoders in PyTorch.
+
+``from fastattn import FusedEncoderLayer`` replaces ``torch.nn.TransformerEncoderLayer``.
+"""
+
+from fastattn.dispatch import available_backends, explain, use_backend
+from fastattn.layers import FusedEncoderLayer
+from fastattn.ops.attention import attention, attention_packed
+from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
+from fastattn.ops.layer_norm import dropout_add, dropout_add_layer_norm, layer_norm
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "FusedEncoderLayer",
+    "attention",
+    "attention_packed",
+    "available_backends",
+    "bias_activation_dropout",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "explain",
+    "feed_forward",
+    "layer_norm",
+    "use_backend",
+]

@@ -1,0 +1,201 @@
+"""Which backend runs an op, and why the better ones do not.
+
+A backend is chosen once per call, in the op's public function, before autograd; the choice travels
+to forward and backward as a string. A backend asked for by name is used or its reason is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Every op and the backends it may have, best first.
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "attention": ("triton", "pytorch"),
+    "attention_packed": ("triton", "pytorch"),
+    "feed_forward": ("triton", "pytorch"),
+    "bias_activation_dropout": ("triton", "pytorch"),
+    "layer_norm": ("cuda", "cpu", "triton", "pytorch"),
+    "dropout_add_layer_norm": ("cuda", "cpu", "triton", "pytorch"),
+    "dropout_add": ("cuda", "cpu", "triton", "pytorch"),
+    "dropout_factor": ("cpu", "pytorch"),
+}
+
+_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
+
+
+@dataclass
+class Backend:
+    """One implementation of an op: an object with its functions, and what it cannot do."""
+
+    functions: Any
+    why_not: Callable[..., str | None] = field(default=lambda **facts: None)
+
+
+_registry: dict[tuple[str, str], Backend] = {}
+_requested: dict[str, str] = {}
+_record: list[Choice] | None = None
+
+
+@dataclass
+class Choice:
+    """What one call took: the backend, or for a part run as plain modules, ``module``."""
+
+    part: str
+    taken: str
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.part}: {self.taken}"]
+        lines += [f"    not {name}: {reason}" for name, reason in self.why_not.items()]
+        return "\n".join(lines)
+
+
+def register(
+    op: str, backend: str, functions: Any, why_not: Callable[..., str | None] | None = None
+) -> None:
+    """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do."""
+    _known(op, backend)
+    _registry[op, backend] = Backend(functions, why_not) if why_not else Backend(functions)
+
+
+def functions(op: str, backend: str) -> Any:
+    """The implementation that ``backend`` registered for ``op``."""
+    return _registry[op, backend].functions
+
+
+def why_not(op: str, backend: str, device: torch.device, **facts: Any) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device`` with these facts; None if it can."""
+    wanted = _DEVICES.get(backend)
+    if wanted is not None and device.type != wanted:
+        return f"runs on {wanted}, not on {device.type}"
+    entry = _registry.get((op, backend))
+    if entry is None:
+        return f"this version of fastattn has no {backend} kernel for {op}"
+    return entry.why_not(device=device, **facts)
+
+
+def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) -> str:
+    """The backend for a call of ``op`` on ``tensor``'s device.
+
+    Args:
+        op: name of the op.
+        tensor: the op's first input.
+        backend: a backend asked for by name; None takes what :func:`use_backend` asked for, else
+            the best that can run.
+        facts: whatever the op's reasons depend on.
+
+    Raises:
+        ValueError: ``backend`` is no backend of ``op``.
+        RuntimeError: the backend asked for cannot run this call; the message says why.
+    """
+    asked = backend if backend is not None else _requested.get(op)
+    reasons: dict[str, str] = {}
+    if asked is not None:
+        _known(op, asked)
+        reason = why_not(op, asked, tensor.device, **facts)
+        if reason is not None:
+            raise RuntimeError(f"backend={asked!r} cannot run {op}: {reason}")
+        note(op, asked, {name: f"{asked} was asked for" for name in _better(op, asked)})
+        return asked
+    for name in BACKENDS[op]:
+        reason = why_not(op, name, tensor.device, **facts)
+        if reason is None:
+            note(op, name, reasons)
+            return name
+        reasons[name] = reason
+    raise RuntimeError(f"no backend can run {op}: {reasons}")
+
+
+def note(part: str, taken: str, reasons: dict[str, str]) -> None:
+    """Record a choice for :func:`explain`; free when nothing listens."""
+    if _record is not None:
+        _record.append(Choice(part, taken, reasons))
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None = None, **by_op: str) -> Iterator[None]:
+    """Ask for backends by name, for the whole process, until the context ends.
+
+    ``use_backend("pytorch")`` asks for it in every op that has such a backend,
+    ``use_backend(attention="triton")`` in one op. A call that the backend cannot run raises.
+
+    Raises:
+        ValueError: no op has a backend of that name, or there is no such op.
+    """
+    wanted: dict[str, str] = {}
+    if backend is not None:
+        wanted = {op: backend for op, names in BACKENDS.items() if backend in names}
+        if not wanted:
+            raise ValueError(f"backend must be one of {_all_backends()}, not {backend!r}")
+    for op, name in by_op.items():
+        _known(op, name)
+        wanted[op] = name
+    global _requested
+    before, _requested = _requested, {**_requested, **wanted}
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def available_backends(op: str, device: torch.device | str | None = None) -> tuple[str, ...]:
+    """The backends that can run ``op`` on this machine, best first.
+
+    Args:
+        op: an op of :data:`BACKENDS`; anything else raises ValueError.
+        device: where; by default a CUDA device if there is one, else the CPU.
+    """
+    return tuple(name for name, reason in reasons_of(op, device).items() if reason is None)
+
+
+def reasons_of(op: str, device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Each backend of ``op`` with the reason it cannot run on this machine, None if it can."""
+    _known(op)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return {name: why_not(op, name, device) for name in BACKENDS[op]}
+
+
+class Explanation(list[Choice]):
+    """The choices of one call, in order; prints as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(choice) for choice in self)
+
+
+def explain(layer: torch.nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
+    """Run ``layer(*inputs, **keywords)`` once and say, per op, which backend it took and why.
+
+    The random state is put back afterwards; hooks and buffers see one extra call.
+    """
+    global _record
+    before, _record = _record, []
+    try:
+        with torch.random.fork_rng():
+            layer(*inputs, **keywords)
+        return Explanation(_record)
+    finally:
+        _record = before
+
+
+def _better(op: str, backend: str) -> tuple[str, ...]:
+    names = BACKENDS[op]
+    return names[: names.index(backend)]
+
+
+def _all_backends() -> list[str]:
+    return sorted({name for names in BACKENDS.values() for name in names})
+
+
+def _known(op: str, backend: str | None = None) -> None:
+    if op not in BACKENDS:
+        raise ValueError(f"op must be one of {sorted(BACKENDS)}, not {op!r}")
+    if backend is not None and backend not in BACKENDS[op]:
+        raise ValueError(f"backend of {op} must be one of {BACKENDS[op]}, not {backend!r}")

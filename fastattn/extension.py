@@ -1,0 +1,174 @@
+"""The C++ extension ``fastattn._C``: whether it is there, why not, and typed calls into it.
+
+It writes dropout *factors*: tensors that hold ``kept`` where the contract of
+:mod:`fastattn.dropout` keeps an element, and zero where it drops. Importing this module never fails
+and never compiles; the extension is built once, when the package is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch  # before the extension: both then share one OpenMP thread pool
+from torch import Tensor
+
+from fastattn.dropout import CONTRACT_VERSION
+
+#: The groupings of a token site: which eight elements share a Philox call.
+ACTIVATION, RESIDUAL = 0, 1
+
+_BITS_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REMEDY = "install a C++17 compiler and the headers of Python, then install fastattn again"
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """(the extension, None), or (None, why it is not there)."""
+    try:
+        extension = importlib.import_module("fastattn._C")
+    except ImportError as error:
+        status = Path(__file__).with_name("_build_status.txt")
+        if status.is_file():
+            failure = status.read_text(encoding="utf-8").strip()
+            return None, f"the C++ extension was not built: {failure}; {_REMEDY}"
+        if getattr(error, "name", None) == "fastattn._C" and isinstance(error, ModuleNotFoundError):
+            return None, f"the C++ extension is not built; {_REMEDY}"
+        return None, f"the C++ extension cannot be loaded: {error}; install fastattn again"
+    if extension.CONTRACT_VERSION != CONTRACT_VERSION:
+        return None, (
+            f"the C++ extension implements version {extension.CONTRACT_VERSION} of the dropout "
+            f"contract, but fastattn has version {CONTRACT_VERSION}; install fastattn again"
+        )
+    return extension, None
+
+
+_extension, _why_not = _load()
+
+
+def available() -> bool:
+    """Whether the extension is built and loaded."""
+    return _extension is not None
+
+
+def why_not() -> str | None:
+    """Why the extension is not available and what to do about it; None where it is available."""
+    return _why_not
+
+
+def attention_factor(
+    out: Tensor, kept: float, seed: int, site: int, threshold: int, head_offset: int = 0
+) -> Tensor:
+    """Fill ``out`` with the dropout factor of attention probabilities.
+
+    Args:
+        out: (batch, heads, query length, key length), contiguous, on the CPU; bool or floating.
+        kept: what kept elements become (True where ``out`` is bool); dropped ones become zero.
+        seed: the 64-bit key, in [0, 2**63).
+        site: number of the dropout site.
+        threshold: lanes below it drop, see :func:`fastattn.dropout.threshold`.
+        head_offset: global number of the first head.
+
+    Returns:
+        ``out``.
+    """
+    _check(out, 4)
+    _extension.attention_factor(
+        out.data_ptr(),
+        out.itemsize,
+        _kept_bits(out.dtype, kept),
+        seed,
+        site,
+        threshold,
+        *out.shape,
+        head_offset,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def token_factor(
+    out: Tensor,
+    kept: float,
+    seed: int,
+    site: int,
+    threshold: int,
+    grouping: int,
+    row_index: Tensor | None = None,
+    period: int = 1,
+    batch_first: bool = True,
+    column_offset: int = 0,
+) -> Tensor:
+    """Fill ``out`` with the dropout factor of a token tensor.
+
+    Args:
+        out: (rows, columns), contiguous, on the CPU; bool or floating.
+        kept: what kept elements become (True where ``out`` is bool); dropped ones become zero.
+        seed: the 64-bit key, in [0, 2**63).
+        site: number of the dropout site.
+        threshold: lanes below it drop, see :func:`fastattn.dropout.threshold`.
+        grouping: :data:`ACTIVATION` or :data:`RESIDUAL`.
+        row_index, period, batch_first: as in :class:`fastattn.dropout.TokenRows`.
+        column_offset: global number of the first column.
+
+    Returns:
+        ``out``.
+    """
+    _check(out, 2)
+    if grouping not in (ACTIVATION, RESIDUAL):
+        raise ValueError(f"grouping must be ACTIVATION (0) or RESIDUAL (1), but got {grouping}")
+    if row_index is not None:
+        _check_row_index(row_index, out.shape[0])
+    _extension.token_factor(
+        out.data_ptr(),
+        out.itemsize,
+        _kept_bits(out.dtype, kept),
+        seed,
+        site,
+        threshold,
+        grouping,
+        *out.shape,
+        column_offset,
+        0 if row_index is None else row_index.data_ptr(),
+        max(period, 1),
+        batch_first,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@lru_cache(maxsize=256)
+def _kept_bits(dtype: torch.dtype, kept: float) -> int:
+    """The bit pattern of ``kept`` in ``dtype``, as an unsigned integer."""
+    value = torch.tensor([kept], dtype=dtype, device="cpu")
+    bits = value.view(_BITS_DTYPES[dtype.itemsize]).item()
+    return bits % (1 << 8 * dtype.itemsize)
+
+
+def _check(out: Tensor, dimensions: int) -> None:
+    if _extension is None:
+        raise RuntimeError(_why_not)
+    if out.device.type != "cpu" or not out.is_contiguous():
+        raise ValueError(
+            f"out must be a contiguous tensor on the CPU, but got strides {out.stride()} "
+            f"of shape {tuple(out.shape)} on {out.device}"
+        )
+    if out.dim() != dimensions:
+        raise ValueError(f"out must have {dimensions} dimensions, but got {tuple(out.shape)}")
+    if out.dtype not in _DTYPES:
+        raise TypeError(f"out must be bool, float16, bfloat16, float32 or float64, not {out.dtype}")
+
+
+def _check_row_index(row_index: Tensor, rows: int) -> None:
+    if row_index.dtype != torch.int32 or row_index.shape != (rows,):
+        raise ValueError(
+            f"row_index must be int32 of shape ({rows},), "
+            f"but got {row_index.dtype} of shape {tuple(row_index.shape)}"
+        )
+    if row_index.device.type != "cpu" or not row_index.is_contiguous():
+        raise ValueError(
+            f"row_index must be contiguous on the CPU, but got strides {row_index.stride()} "
+            f"on {row_index.device}"
+        )

@@ -1,0 +1,517 @@
+"""The ops in plain PyTorch: the ``pytorch`` backend, and the composites autograd can see through.
+
+``*_forward`` and ``*_backward`` run inside the ops, out of autograd's sight, and work in place where
+they can. ``*_composite`` computes the same function (with the same dropout decisions) from
+differentiable operations, for ``torch.func``, forward-mode AD and second derivatives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.ops.arguments import AttentionArguments, NormArguments
+from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
+
+aten = torch.ops.aten
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
+) -> tuple[Tensor, Tensor]:
+    """(B, Sq, H, D) output in memory order of ``query``; no statistics are kept (empty lse)."""
+    if arguments.cu_seqlens_q is not None:
+        padded, arguments = _padded_arguments(query, key, value, arguments)
+        out, lse = attention_forward(*padded, arguments)
+        return pack(out, arguments.cu_seqlens_q, query.shape[0]), lse
+    q, k, v = (_heads_first(x) for x in (query, key, value))
+    probabilities = _probabilities(q, k, arguments)
+    factor = arguments.dropout.factor(probabilities.shape, probabilities.dtype)
+    if factor is not None:
+        probabilities.mul_(factor)
+    out = probabilities.to(v.dtype) @ v  # [B, H, Sq, D]
+    return like_query(query).copy_(out.transpose(1, 2)), query.new_empty(0, dtype=torch.float32)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    arguments: AttentionArguments,
+    grad_masks: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value (memory order of each), key padding mask, mask.
+
+    P is recomputed. With M the dropout multiplier: dV = (P M)^T dO, dP = M (dO V^T),
+    dS = P (dP - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
+    """
+    if arguments.cu_seqlens_q is not None:
+        padded, dense = _padded_arguments(query, key, value, arguments)
+        seqlens, length = arguments.cu_seqlens_q, arguments.max_seqlen_q
+        padded_out, padded_grad = (unpack(x, seqlens, length) for x in (out, grad_out))
+        *grads, _, _ = attention_backward(
+            padded_grad, *padded, padded_out, lse, dense, (False, False)
+        )
+        seqlens = (arguments.cu_seqlens_q, arguments.cu_seqlens_k, arguments.cu_seqlens_k)
+        packed = [
+            pack(g, cu, x.shape[0])
+            for g, cu, x in zip(grads, seqlens, (query, key, value), strict=True)
+        ]
+        return (*packed, None, None)
+    q, k, v, d_out = (_heads_first(x) for x in (query, key, value, grad_out))
+    probabilities = _probabilities(q, k, arguments)
+    factor = arguments.dropout.factor(probabilities.shape, probabilities.dtype)
+    delta = (grad_out * out).sum(-1, dtype=probabilities.dtype).transpose(1, 2).unsqueeze(-1)
+    if arguments.query_lengths is not None:
+        delta.masked_fill_(~_valid(arguments.query_lengths, q.shape[2])[:, None, :, None], 0)
+    d_scores = (d_out @ v.transpose(-1, -2)).to(probabilities.dtype)  # dP before dropout
+    dropped = probabilities
+    if factor is not None:
+        d_scores.mul_(factor)
+        dropped = factor.mul_(probabilities)
+    d_value = dropped.to(v.dtype).transpose(-1, -2) @ d_out
+    d_scores.sub_(delta).mul_(probabilities)
+    d_padding = d_mask = None
+    if grad_masks[0]:
+        d_padding = d_scores.sum((1, 2)).to(arguments.key_padding_mask.dtype)
+    if grad_masks[1]:
+        mask = arguments.attn_mask
+        d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
+    d_scores = d_scores.to(q.dtype)
+    d_query = (d_scores @ k).mul_(arguments.scale)
+    d_key = (d_scores.transpose(-1, -2) @ q).mul_(arguments.scale)
+    grads = (d_query, d_key, d_value)
+    return (*(g.transpose(1, 2) for g in grads), d_padding, d_mask)
+
+
+def attention_composite(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    arguments: AttentionArguments,
+) -> Tensor:
+    """Differentiable attention: torch's SDPA where nothing drops, explicit probabilities otherwise."""
+    arguments = arguments._replace(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+    if arguments.cu_seqlens_q is not None:
+        padded, dense = _padded_arguments(query, key, value, arguments)
+        out = attention_composite(*padded, None, None, dense)
+        return pack(out, arguments.cu_seqlens_q, query.shape[0])
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    bias, dead = _bias(arguments, q.dtype, q.shape[2], k.shape[2], q.device)
+    if arguments.dropout.drops:
+        scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) * arguments.scale
+        if bias is not None:
+            scores = scores + bias
+        probabilities = torch.softmax(scores, -1)
+        probabilities = probabilities * arguments.dropout.factor(scores.shape, scores.dtype)
+        out = probabilities.to(v.dtype) @ v
+    else:
+        causal_only = arguments.is_causal and bias is None
+        out = F.scaled_dot_product_attention(
+            q, k, v, bias, is_causal=causal_only, scale=arguments.scale
+        )
+    if dead is not None:
+        out = out.masked_fill(dead, 0)
+    return out.transpose(1, 2)
+
+
+def _probabilities(q: Tensor, k: Tensor, arguments: AttentionArguments) -> Tensor:
+    """softmax(q k^T scale + masks), a fresh (B, H, Sq, Sk); rows with no key left are zero."""
+    scores = (q * arguments.scale) @ k.transpose(-1, -2)
+    scores = scores.to(accumulation_dtype(scores.dtype))
+    seqlen_q, seqlen_k = scores.shape[-2:]
+    padding, mask = arguments.key_padding_mask, arguments.attn_mask
+    excluded = []
+    if arguments.is_causal:
+        excluded.append(_above_diagonal(seqlen_q, seqlen_k, q.device))
+    if arguments.key_lengths is not None:
+        excluded.append(~_valid(arguments.key_lengths, seqlen_k)[:, None, None, :])
+    for x in (None if padding is None else padding[:, None, None, :], mask):
+        if x is not None and x.dtype == torch.bool:
+            excluded.append(x)
+        elif x is not None:
+            scores.add_(x)
+    for x in excluded:
+        scores.masked_fill_(x, float("-inf"))
+    if padding is None and mask is None and arguments.key_lengths is None:
+        probabilities = torch.softmax(scores, -1)
+    else:
+        dead = scores.amax(-1, keepdim=True) == float("-inf") if seqlen_k else None
+        probabilities = torch.softmax(scores, -1)
+        if dead is not None:
+            probabilities.masked_fill_(dead, 0)
+    if arguments.query_lengths is not None:
+        invalid = ~_valid(arguments.query_lengths, seqlen_q)[:, None, :, None]
+        probabilities.masked_fill_(invalid, 0)
+    return probabilities
+
+
+def _bias(
+    arguments: AttentionArguments,
+    dtype: torch.dtype,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """One additive bias without infinities, and the rows (…, Sq, 1) that have no key left.
+
+    Without infinities no row of a softmax is 0 / 0, whatever SDPA kernel computes it. The bias
+    has a head dimension only where ``attn_mask`` has one.
+    """
+    terms: list[Tensor] = []
+    padding, mask = arguments.key_padding_mask, arguments.attn_mask
+    if padding is not None:
+        terms.append(padding[:, None, None, :])
+    if mask is not None:
+        terms.append(mask)
+    if arguments.key_lengths is not None:
+        terms.append(~_valid(arguments.key_lengths, seqlen_k)[:, None, None, :])
+    if arguments.is_causal and (terms or arguments.dropout.drops):
+        terms.append(_above_diagonal(seqlen_q, seqlen_k, device))
+    bias = dead = None
+    for term in terms:
+        if term.dtype == torch.bool:
+            term = torch.zeros_like(term, dtype=dtype).masked_fill(term, float("-inf"))
+        bias = term.to(dtype) if bias is None else bias + term.to(dtype)
+    if bias is not None:
+        dead = (bias == float("-inf")).all(-1, keepdim=True)
+        bias = bias.clamp(min=torch.finfo(dtype).min / 2)
+    if arguments.query_lengths is not None:
+        invalid = ~_valid(arguments.query_lengths, seqlen_q)[:, None, :, None]
+        dead = invalid if dead is None else dead | invalid
+    return bias, dead
+
+
+def _above_diagonal(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+    return torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device).triu_(1)
+
+
+def _valid(lengths: Tensor, length: int) -> Tensor:
+    """(B, length) bool: True at positions before each sequence's end."""
+    return torch.arange(length, device=lengths.device) < lengths[:, None]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(B, S, H, D) as contiguous (B, H, S, D): batched products want it."""
+    return x.transpose(1, 2).contiguous()
+
+
+def like_query(query: Tensor) -> Tensor:
+    """An empty contiguous tensor of ``query``'s shape, sequence-first in memory where it is."""
+    if query.dim() >= 4 and query.stride(0) < query.stride(1):
+        batch, length = query.shape[:2]
+        return query.new_empty(length, batch, *query.shape[2:]).transpose(0, 1)
+    return query.new_empty(query.shape)
+
+
+def unpack(tokens: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """Packed tokens (T, ...) as (B, length, ...), zero past each sequence's end."""
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    rows = starts[:, None] + torch.arange(length, device=tokens.device)
+    padded = tokens.new_zeros(1, *tokens.shape[1:])
+    tokens = torch.cat((tokens, padded))
+    rows = torch.where(rows < ends[:, None], rows, tokens.shape[0] - 1)
+    return tokens[rows]
+
+
+def pack(padded: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """(B, length, ...) as packed tokens (total, ...), the inverse of :func:`unpack`."""
+    token = torch.arange(total, device=padded.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    return padded[sequence, token - cu_seqlens[sequence]]
+
+
+def _padded_arguments(
+    query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
+) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionArguments]:
+    cu_q, cu_k = arguments.cu_seqlens_q, arguments.cu_seqlens_k
+    padded = (
+        unpack(query, cu_q, arguments.max_seqlen_q),
+        unpack(key, cu_k, arguments.max_seqlen_k),
+        unpack(value, cu_k, arguments.max_seqlen_k),
+    )
+    dense = arguments._replace(cu_seqlens_q=None, cu_seqlens_k=None, key_lengths=cu_k.diff())
+    return padded, dense
+
+
+# ---------------------------------------------------------------------------------- feed-forward
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+_ACTIVATION_BACKWARD = {
+    "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
+    "gelu": lambda grad, x: aten.gelu_backward(grad, x, approximate="none"),
+    "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+    "silu": lambda grad, x: aten.silu_backward(grad, x),
+    "identity": lambda grad, x: grad,
+}
+
+
+def activation_names() -> tuple[str, ...]:
+    """The activations that have a fused path."""
+    return tuple(_ACTIVATIONS)
+
+
+def _activate(hidden: Tensor, activation: str, factor: Tensor | None) -> Tensor:
+    """A fresh dropout(act(hidden))."""
+    if activation == "identity":
+        return hidden.clone() if factor is None else hidden * factor
+    activated = _ACTIVATIONS[activation](hidden)
+    return activated if factor is None else activated.mul_(factor)
+
+
+def feed_forward_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    dropout: TokenDropout,
+    save: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the hidden tensor backward wants: relu's result after dropout, else h."""
+    hidden = F.linear(input, weight1, bias1)
+    factor = dropout.factor(hidden, ACTIVATION, hidden.dtype)
+    if activation == "relu":
+        activated = hidden = hidden.relu_()
+        if factor is not None:
+            activated.mul_(factor)
+    else:
+        activated = _activate(hidden, activation, factor)
+    out = F.linear(activated, weight2, bias2)
+    return out, (hidden if save == "hidden" else hidden.new_empty(0))
+
+
+def feed_forward_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    hidden: Tensor,
+    activation: str,
+    dropout: TokenDropout,
+    save: str,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight1, bias1, weight2, bias2; None where not ``wanted``."""
+    if save == "input":
+        hidden = F.linear(input, weight1, bias1)
+        if activation == "relu":
+            hidden = _activate(hidden, "relu", dropout.factor(hidden, ACTIVATION, hidden.dtype))
+    grad = grad_out.reshape(-1, grad_out.shape[-1])
+    tokens, rows = input.reshape(-1, input.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    want_input, want_weight1, want_bias1, want_weight2, want_bias2 = wanted
+    d_bias2 = grad.sum(0) if want_bias2 else None
+    factor = None
+    if activation == "relu":  # hidden is positive exactly where it was kept and relu passed
+        activated, scale = rows, dropout.scale
+    else:
+        factor = dropout.factor(hidden, ACTIVATION, hidden.dtype)
+        factor = None if factor is None else factor.view(rows.shape)
+        activated, scale = (_activate(rows, activation, factor) if want_weight2 else None), 1.0
+    d_weight2 = grad.t() @ activated if want_weight2 else None
+    if not (want_input or want_weight1 or want_bias1):
+        return None, None, None, d_weight2, d_bias2
+    d_hidden = torch.addmm(grad.new_zeros(1), grad, weight2, beta=0, alpha=scale)
+    if factor is not None:
+        d_hidden.mul_(factor)
+    d_hidden = _ACTIVATION_BACKWARD[activation](d_hidden, rows)
+    return (
+        (d_hidden @ weight1).view(input.shape) if want_input else None,
+        d_hidden.t() @ tokens if want_weight1 else None,
+        d_hidden.sum(0) if want_bias1 else None,
+        d_weight2,
+        d_bias2,
+    )
+
+
+def feed_forward_composite(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    dropout: TokenDropout,
+) -> Tensor:
+    activated = bias_activation_dropout_composite(
+        F.linear(input, weight1, bias1), None, activation, dropout
+    )
+    return F.linear(activated, weight2, bias2)
+
+
+def bias_activation_dropout_forward(
+    input: Tensor, bias: Tensor | None, activation: str, dropout: TokenDropout
+) -> Tensor:
+    hidden = input if bias is None else input + bias
+    return _activate(hidden, activation, dropout.factor(hidden, ACTIVATION, hidden.dtype))
+
+
+def bias_activation_dropout_backward(
+    grad_out: Tensor, input: Tensor, bias: Tensor | None, activation: str, dropout: TokenDropout
+) -> Tensor:
+    """Gradient of ``input``; that of the bias is its sum over rows."""
+    hidden = input if bias is None else input + bias
+    factor = dropout.factor(hidden, ACTIVATION, hidden.dtype)
+    grad = grad_out.clone() if factor is None else grad_out * factor
+    return _ACTIVATION_BACKWARD[activation](grad, hidden)
+
+
+def bias_activation_dropout_composite(
+    input: Tensor, bias: Tensor | None, activation: str, dropout: TokenDropout
+) -> Tensor:
+    hidden = input if bias is None else input + bias
+    activated = _ACTIVATIONS[activation](hidden)
+    factor = dropout.factor(hidden, ACTIVATION, hidden.dtype)
+    return activated if factor is None else activated * factor
+
+
+# ------------------------------------------------------------------- residual and normalisation
+
+
+def dropout_add_forward(
+    input: Tensor, input_bias: Tensor | None, residual: Tensor | None, dropout: TokenDropout
+) -> Tensor:
+    """residual + dropout(input + input_bias), summed in at least fp32, a fresh tensor."""
+    dtype = sum_dtype(input, residual)
+    wide = accumulation_dtype(dtype)
+    branch = input.to(wide)
+    if input_bias is not None:
+        branch = branch + input_bias
+    factor = dropout.factor(input, RESIDUAL, wide)
+    if residual is None:
+        total = branch.clone() if factor is None else branch * factor
+    elif factor is None:
+        total = branch + residual
+    else:
+        total = factor.mul_(branch).add_(residual)
+    return total.to(dtype)
+
+
+def dropout_add_backward(grad: Tensor, dtype: torch.dtype, dropout: TokenDropout) -> Tensor:
+    """Gradient of the dropped branch, fresh, in ``dtype``; that of the residual is ``grad``."""
+    factor = dropout.factor(grad, RESIDUAL, accumulation_dtype(grad.dtype))
+    return grad.to(dtype, copy=True) if factor is None else factor.mul_(grad).to(dtype)
+
+
+def dropout_add_composite(
+    input: Tensor, input_bias: Tensor | None, residual: Tensor | None, dropout: TokenDropout
+) -> Tensor:
+    dtype = sum_dtype(input, residual)
+    total = input.to(accumulation_dtype(dtype))
+    if input_bias is not None:
+        total = total + input_bias
+    factor = dropout.factor(input, RESIDUAL, total.dtype)
+    if factor is not None:
+        total = total * factor
+    return (total if residual is None else total + residual).to(dtype)
+
+
+def sum_dtype(input: Tensor, residual: Tensor | None) -> torch.dtype:
+    """The dtype of the residual stream: ``input`` and ``residual`` promoted."""
+    return input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+
+
+def layer_norm_forward(input: Tensor, arguments: NormArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """LN(input) in ``out_dtype``, and mean and 1 / deviation of each row in at least fp32."""
+    wide = accumulation_dtype(input.dtype)
+    weight, bias = (None if x is None else x.to(wide) for x in arguments[:2])
+    shape = input.shape[-1:]
+    out, mean, rstd = aten.native_layer_norm(input.to(wide), shape, weight, bias, arguments.eps)
+    return out.to(arguments.out_dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def layer_norm_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    arguments: NormArguments,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight, bias; None where not ``wanted``."""
+    wide = accumulation_dtype(input.dtype)
+    weight, bias = (None if x is None else x.to(wide) for x in arguments[:2])
+    grads = aten.native_layer_norm_backward(
+        grad_out.to(wide).contiguous(),
+        input.to(wide),
+        input.shape[-1:],
+        mean.unsqueeze(-1),
+        rstd.unsqueeze(-1),
+        weight,
+        bias,
+        wanted,
+    )
+    targets = (input, *arguments[:2])
+    return tuple(
+        None if not want else grad.to(target.dtype)
+        for grad, target, want in zip(grads, targets, wanted, strict=True)
+    )
+
+
+def dropout_add_layer_norm_backward(
+    grad_out: Tensor | None,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    arguments: NormArguments,
+    input_dtype: torch.dtype,
+    dropout: TokenDropout,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the sum, the branch (None where equal), its bias, weight and bias.
+
+    ``wanted`` is of the branch, its bias, weight and bias.
+    """
+    want_branch, want_input_bias, want_weight, want_bias = wanted
+    d_weight = d_bias = None
+    if grad_out is None:
+        d_sum = torch.zeros_like(total) if grad_sum is None else grad_sum.to(total.dtype, copy=True)
+        d_weight = torch.zeros_like(arguments.weight) if want_weight else None
+        d_bias = torch.zeros_like(arguments.bias) if want_bias else None
+    else:
+        d_sum, d_weight, d_bias = layer_norm_backward(
+            grad_out, total, mean, rstd, arguments, [True, want_weight, want_bias]
+        )
+        if grad_sum is not None:
+            d_sum.add_(grad_sum)
+    d_branch = None
+    if dropout.drops or input_dtype != total.dtype:
+        if want_branch or want_input_bias:
+            d_branch = dropout_add_backward(d_sum, input_dtype, dropout)
+    d_input_bias = None
+    if want_input_bias:
+        branch = d_sum if d_branch is None else d_branch
+        d_input_bias = branch.reshape(-1, branch.shape[-1]).sum(0, dtype=mean.dtype)
+    return d_sum, (d_branch if want_branch else None), d_input_bias, d_weight, d_bias
+
+
+def layer_norm_composite(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, arguments: NormArguments
+) -> Tensor:
+    wide = accumulation_dtype(input.dtype)
+    weight, bias = (None if x is None else x.to(wide) for x in (weight, bias))
+    out = F.layer_norm(input.to(wide), input.shape[-1:], weight, bias, arguments.eps)
+    return out.to(arguments.out_dtype)

@@ -1,0 +1,457 @@
+"""``FusedEncoderLayer``: torch's encoder layer, its forward run through the library's ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastattn import dispatch, dropout, masks
+from fastattn.ops.attention import attention_packed
+from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
+from fastattn.ops.layer_norm import dropout_add, dropout_add_layer_norm, layer_norm
+
+__all__ = ["FusedEncoderLayer"]
+
+
+class Layout(NamedTuple):
+    """How a layer's tokens lie in memory: batch-first, sequence-first, or packed."""
+
+    batch_first: bool
+    row_index: Tensor | None = None  # (T,) int32, packed: row in the padded batch
+    row_period: int | None = None
+    cu_seqlens: Tensor | None = None  # (B + 1,) int32
+    max_seqlen: int = 0
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        return {
+            "row_index": self.row_index,
+            "row_period": self.row_period,
+            "batch_first": self.batch_first,
+        }
+
+
+class Branch(NamedTuple):
+    """A residual branch before its dropout: the last linear's bias is left to the next op."""
+
+    output: Tensor
+    bias: Tensor | None
+    dropout: nn.Module | None  # None: already applied
+
+
+class FusedEncoderLayer(nn.TransformerEncoderLayer):
+    """A drop-in ``torch.nn.TransformerEncoderLayer`` that trains faster and in less memory.
+
+    Post-norm: x = LN1(x + dropout(MHA(x))); x = LN2(x + dropout(W2 dropout(act(W1 x + b1)) + b2)).
+    Pre-norm (``norm_first``): x = x + dropout(MHA(LN1(x))), then the same with LN2 and the
+    feed-forward block (Vaswani et al., 2017; Xiong et al., 2020).
+
+    The constructor, ``state_dict``, masks and errors are those of the parent class; in addition
+    ``activation`` may be ``nn.Identity()``, fully masked rows give attention output 0 on every
+    path, and float masks get gradients. A submodule that is more than its plain weights (hooks,
+    parametrisations, wrappers, subclasses, sharded weights) is called as a module, and what
+    remains is fused; :func:`fastattn.explain` says which.
+
+    Under dropout, which elements drop is a pure function of a seed (:mod:`fastattn.dropout`), drawn
+    once per call from torch's generator, or given to ``forward``.
+    """
+
+    #: Index of this layer in its stack; it numbers the dropout sites.
+    layer_index = 0
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Encode ``src``.
+
+        Args:
+            src: (N, S, E) with ``batch_first``, else (S, N, E); (S, E) without a batch; or a
+                nested tensor of (length, E) sequences, without masks.
+            src_mask: (S, S) or (N * nhead, S, S), bool (True: do not attend) or float (added).
+            src_key_padding_mask: (N, S), or (S,) without a batch, bool (True: ignore) or float.
+            is_causal: torch's hint that ``src_mask`` is causal; see
+                ``torch.nn.MultiheadAttention``.
+            seed: (1,) int64 on ``src``'s device: fixes every dropout decision of this call.
+
+        Returns:
+            The shape of ``src``. A row whose keys are all masked attends to nothing: its attention
+            output is 0.
+
+        Raises:
+            AssertionError, RuntimeError: as the parent class, in its words.
+            TypeError, ValueError: ``seed`` is not one int64 in a tensor.
+        """
+        if seed is not None:
+            dropout.check_seed(seed)
+        if src.is_nested:
+            return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal, seed)
+        self._check_source(src)
+        layout = Layout(self.self_attn.batch_first)
+        batch, length = self._batch_and_length(src)
+        canonical = masks.canonical(
+            src_mask,
+            src_key_padding_mask,
+            is_causal,
+            batch=batch,
+            heads=self.self_attn.num_heads,
+            length=length,
+            batched=src.dim() == 3,
+        )
+        call = _Call(self, layout, canonical, (src_mask, src_key_padding_mask, is_causal), seed)
+        return call.run(src)
+
+    def _check_source(self, src: Tensor) -> None:
+        if src.dim() not in (2, 3):
+            raise AssertionError(
+                "query should be unbatched 2D or batched 3D tensor "
+                f"but received {src.dim()}-D query tensor"
+            )
+        width = self.self_attn.embed_dim
+        if src.shape[-1] == width:
+            return
+        if self.norm_first:
+            raise RuntimeError(
+                f"Given normalized_shape=[{width}], expected input with shape [*, {width}], "
+                f"but got input of size{list(src.shape)}"
+            )
+        raise AssertionError(
+            f"was expecting embedding dimension of {width}, but got {src.shape[-1]}"
+        )
+
+    def _batch_and_length(self, src: Tensor) -> tuple[int, int]:
+        if src.dim() == 2:
+            return 1, src.shape[0]
+        batch, length = src.shape[:2] if self.self_attn.batch_first else src.shape[1::-1]
+        return batch, length
+
+    def _forward_nested(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """Sequences without padding: packed where attention is fused, else padded."""
+        if src_mask is not None or src_key_padding_mask is not None or is_causal:
+            raise RuntimeError(
+                "src_mask, src_key_padding_mask and is_causal are not supported with a nested src"
+            )
+        sequences = src.unbind()
+        lengths = [sequence.shape[0] for sequence in sequences]
+        if _why_attention_is_module(self) is not None:
+            return self._forward_padded(sequences, lengths, src, seed)
+        longest = max(lengths, default=0)
+        device = src.device
+        row_index = [torch.arange(n, dtype=torch.int32) + i * longest for i, n in enumerate(lengths)]
+        layout = Layout(
+            batch_first=True,
+            row_index=torch.cat(row_index).to(device),
+            row_period=longest,
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+            max_seqlen=longest,
+        )
+        tokens = torch.cat(sequences)
+        out = _Call(self, layout, masks.Masks(), (None, None, False), seed).run(tokens)
+        return _nested_like(src, out.split(lengths))
+
+    def _forward_padded(
+        self, sequences: tuple[Tensor, ...], lengths: list[int], src: Tensor, seed: Tensor | None
+    ) -> Tensor:
+        batch_first = self.self_attn.batch_first
+        padded = nn.utils.rnn.pad_sequence(sequences, batch_first=batch_first)
+        longest = padded.shape[1 if batch_first else 0]
+        ends = torch.tensor(lengths, device=src.device)[:, None]
+        padding = torch.arange(longest, device=src.device) >= ends
+        out = FusedEncoderLayer.forward(self, padded, None, padding, seed=seed)
+        rows = out if batch_first else out.transpose(0, 1)
+        return _nested_like(src, [row[:n] for row, n in zip(rows, lengths, strict=True)])
+
+
+def _nested_like(src: Tensor, sequences: Any) -> Tensor:
+    return torch.nested.as_nested_tensor(list(sequences), layout=src.layout)
+
+
+class _Call:
+    """One forward of a layer: what its blocks share."""
+
+    def __init__(
+        self,
+        layer: FusedEncoderLayer,
+        layout: Layout,
+        canonical: masks.Masks,
+        given: tuple[Tensor | None, Tensor | None, bool],
+        seed: Tensor | None,
+    ) -> None:
+        self.layer = layer
+        self.layout = layout
+        self.masks = canonical
+        self.given = given
+        self.seed = seed
+
+    def run(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if self.seed is None and _drops(layer):
+            self.seed = dropout.draw_seed(x.device)
+        if layer.norm_first:
+            branch = self.attention(self.norm(layer.norm1, x))
+            x, normed = self.add_norm(branch, x, layer.norm2, dropout.RESIDUAL_1, "dropout1")
+            return self.add(self.feed_forward(normed), x, dropout.RESIDUAL_2, "dropout2")
+        branch = self.attention(x)
+        _, x = self.add_norm(branch, x, layer.norm1, dropout.RESIDUAL_1, "dropout1")
+        branch = self.feed_forward(x)
+        _, x = self.add_norm(branch, x, layer.norm2, dropout.RESIDUAL_2, "dropout2")
+        return x
+
+    # The two branches ----------------------------------------------------------------------
+
+    def attention(self, x: Tensor) -> Branch:
+        layer, attn = self.layer, self.layer.self_attn
+        src_mask, padding, is_causal = self.given
+        if _overrides(layer, "_sa_block"):
+            dispatch.note("_sa_block", "module", {"fused": "the layer overrides it"})
+            given = (_as_float(src_mask, x), _as_float(padding, x))
+            return Branch(layer._sa_block(x, *given, is_causal=is_causal), None, None)
+        reason = _why_attention_is_module(layer)
+        if reason is not None:
+            dispatch.note("self_attn", "module", {"fused": reason})
+            return Branch(self._attention_module(x), None, layer.dropout1)
+        heads = attn.num_heads
+        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        qkv = qkv.unflatten(-1, (3, heads, attn.embed_dim // heads))
+        packed = self.layout.cu_seqlens is not None
+        sequence_first = not packed and x.dim() == 3 and not self.layout.batch_first
+        if sequence_first:
+            qkv = qkv.transpose(0, 1)
+        elif not packed and x.dim() == 2:
+            qkv = qkv[None]
+        p = attn.dropout if attn.training else 0.0
+        out = attention_packed(
+            qkv,
+            key_padding_mask=self.masks.key_padding_mask,
+            attn_mask=self.masks.attn_mask,
+            is_causal=self.masks.is_causal,
+            cu_seqlens=self.layout.cu_seqlens,
+            max_seqlen=self.layout.max_seqlen,
+            dropout_p=p,
+            seed=self.seed,
+            site=self.site(dropout.ATTENTION),
+        )
+        out = out.transpose(0, 1) if sequence_first else out
+        out = out.reshape(x.shape)
+        return Branch(*_linear_without_bias(attn.out_proj, "self_attn.out_proj", out), layer.dropout1)
+
+    def _attention_module(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        src_mask, padding, is_causal = self.given
+        # Distinct objects keep torch out of its inference fast path, which gives NaN to masked rows.
+        key = x if layer.training else x.view_as(x)
+        return layer.self_attn(
+            x,
+            key,
+            key,
+            attn_mask=_as_float(src_mask, x),
+            key_padding_mask=_as_float(padding, x),
+            need_weights=False,
+            is_causal=is_causal,
+        )[0]
+
+    def feed_forward(self, x: Tensor) -> Branch:
+        layer = self.layer
+        if _overrides(layer, "_ff_block"):
+            dispatch.note("_ff_block", "module", {"fused": "the layer overrides it"})
+            return Branch(layer._ff_block(x), None, None)
+        activation = activation_name(layer.activation)
+        linear1, linear2 = layer.linear1, layer.linear2
+        reasons = {
+            "linear1": why_module(linear1, nn.Linear),
+            "dropout": why_module(layer.dropout, nn.Dropout),
+            "linear2": why_module(linear2, nn.Linear),
+            "activation": None if activation else "no fused kernel for this activation",
+        }
+        p = layer.dropout.p if reasons["dropout"] is None and layer.dropout.training else 0.0
+        options = {
+            "dropout_p": p,
+            "seed": self.seed,
+            "site": self.site(dropout.ACTIVATION),
+            **self.layout.rows,
+        }
+        if not any(reasons.values()):
+            weights = (linear1.weight, linear1.bias, linear2.weight)
+            out = feed_forward(x, *weights, activation=activation, **options)
+            return Branch(out, linear2.bias, layer.dropout2)
+        for part, reason in reasons.items():
+            if reason is not None:
+                dispatch.note(part, "module", {"fused": reason})
+        if activation and reasons["linear1"] is None:
+            hidden, bias = F.linear(x, linear1.weight), linear1.bias
+        else:
+            hidden, bias = linear1(x), None
+        if activation is None:
+            hidden, activation = layer.activation(hidden), "identity"
+        if type(hidden) is Tensor or isinstance(hidden, FakeTensor):
+            hidden = bias_activation_dropout(hidden, bias, activation=activation, **options)
+            if reasons["dropout"] is not None:
+                hidden = layer.dropout(hidden)
+        else:
+            hidden = layer.dropout(layer.activation(linear1(x)))
+        return Branch(*_linear_without_bias(linear2, "linear2", hidden), layer.dropout2)
+
+    # What follows a branch -----------------------------------------------------------------
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        reason = why_module(norm, nn.LayerNorm)
+        if reason is None:
+            return layer_norm(x, norm.weight, norm.bias, norm.eps)
+        dispatch.note("norm", "module", {"fused": reason})
+        return norm(x)
+
+    def add_norm(
+        self, branch: Branch, residual: Tensor, norm: nn.Module, kind: int, name: str
+    ) -> tuple[Tensor | None, Tensor]:
+        """(the sum where pre-norm needs it, its norm)."""
+        reason = why_module(norm, nn.LayerNorm)
+        if reason is not None:
+            dispatch.note("norm", "module", {"fused": reason})
+            total = self.add(branch, residual, kind, name)
+            return total, norm(total)
+        output, bias, options = self._drop(branch, kind, name)
+        want_sum = self.layer.norm_first
+        result = dropout_add_layer_norm(
+            output,
+            residual,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            input_bias=bias,
+            return_sum=want_sum,
+            **options,
+        )
+        return (result[1], result[0]) if want_sum else (None, result)
+
+    def add(self, branch: Branch, residual: Tensor, kind: int, name: str) -> Tensor:
+        output, bias, options = self._drop(branch, kind, name)
+        return dropout_add(output, residual, input_bias=bias, **options)
+
+    def _drop(self, branch: Branch, kind: int, name: str) -> tuple[Tensor, Tensor | None, dict]:
+        """The branch's output and bias, and what its op needs to drop it."""
+        output, bias, module = branch
+        p = 0.0
+        if module is not None:
+            reason = why_module(module, nn.Dropout)
+            if reason is None:
+                p = module.p if module.training else 0.0
+            else:
+                dispatch.note(name, "module", {"fused": reason})
+                output, bias = module(output if bias is None else output + bias), None
+        options = {"dropout_p": p, "seed": self.seed, "site": self.site(kind), **self.layout.rows}
+        return output, bias, options
+
+    def site(self, kind: int) -> int:
+        return dropout.site_of(self.layer.layer_index, kind)
+
+
+# ------------------------------------------------------------------- what may be fused, and what not
+
+
+def why_module(module: nn.Module, *kinds: type) -> str | None:
+    """Why ``module`` must be called rather than read for its weights; None if it is plain."""
+    if type(module) not in kinds:
+        return f"it is a {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "its forward is patched"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "it has hooks"
+    if _has_any_global_hook():
+        return "there are global module hooks"
+    for weight in module._parameters.values():
+        if weight is not None and not _is_plain(weight):
+            return f"its weights are {type(weight).__name__}s"
+    return None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
+
+
+def _why_attention_is_module(layer: FusedEncoderLayer) -> str | None:
+    attn = layer.self_attn
+    reason = why_module(attn, nn.MultiheadAttention)
+    if reason is not None:
+        return reason
+    if not attn._qkv_same_embed_dim or attn.in_proj_weight is None:
+        return "query, key and value have projections of their own"
+    if attn.bias_k is not None or attn.add_zero_attn:
+        return "it adds keys of its own"
+    return None
+
+
+def _linear_without_bias(
+    linear: nn.Module, name: str, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """``linear(x)``: without its bias, which is returned, where the module is plain."""
+    reason = why_module(linear, nn.Linear, NonDynamicallyQuantizableLinear)
+    if reason is None:
+        return F.linear(x, linear.weight), linear.bias
+    dispatch.note(name, "module", {"fused": reason})
+    return linear(x), None
+
+
+def _overrides(layer: FusedEncoderLayer, method: str) -> bool:
+    stock = getattr(nn.TransformerEncoderLayer, method)
+    return method in layer.__dict__ or getattr(type(layer), method) is not stock
+
+
+def _drops(layer: FusedEncoderLayer) -> bool:
+    """Whether any dropout site of the layer is on."""
+    attn = layer.self_attn
+    if attn.training and getattr(attn, "dropout", 0.0) > 0.0:
+        return True
+    return any(
+        type(module) is nn.Dropout and module.training and module.p > 0.0
+        for module in (layer.dropout, layer.dropout1, layer.dropout2)
+    )
+
+
+_FUNCTIONS: dict[Callable, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+}
+
+
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The fused activation that computes the same as ``activation``, None if there is none."""
+    if not isinstance(activation, nn.Module):
+        return _FUNCTIONS.get(activation)
+    if why_module(activation, nn.ReLU, nn.GELU, nn.SiLU, nn.Identity) is not None:
+        return None
+    if isinstance(activation, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate]
+    return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}[type(activation)]
+
+
+def _as_float(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask as torch's own blocks get it: float, -inf where a bool mask is True."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))

@@ -1,0 +1,101 @@
+"""What every op shares: its registration, and when autograd needs the differentiable composite."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn.dropout import functorch_active
+
+_library = torch.library.Library("fastattn", "DEF")
+
+#: How a token-wise op replays its dropout decisions (see :class:`fastattn.ops.dropout.TokenDropout`).
+TOKEN_DROPOUT = (
+    "float dropout_p, Tensor? seed, int site, "
+    "Tensor? row_index, SymInt row_period, bool batch_first, SymInt column_offset"
+)
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> Any:
+    """Register ``fastattn::<schema>`` for CPU and CUDA and return the callable overload."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, _without_autocast(implementation), key)
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastattn, name).default
+
+
+def _without_autocast(implementation: Callable) -> Callable:
+    """An op's dtypes are settled in its public function; nothing inside may cast again."""
+
+    @functools.wraps(implementation)
+    def wrapped(*arguments: Any) -> Any:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return wrapped(*arguments)
+        return implementation(*arguments)
+
+    return wrapped
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants matrix products of ``tensor`` in, None where it is off."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def needs_composite(*tensors: Tensor | None) -> bool:
+    """Whether only plain differentiable PyTorch is right: torch.func or forward-mode AD."""
+    if functorch_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def wants_second_order() -> bool:
+    """Inside backward: whether its result must be differentiable (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    composite: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``composite(*inputs)`` that can be differentiated again, None where not needed."""
+    wanted = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
+    output = composite(*inputs)
+    found = torch.autograd.grad(
+        output, [inputs[i] for i in wanted], grad_output, create_graph=True, allow_unused=True
+    )
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def require(condition: bool, argument: str, expected: str, got: Any) -> None:
+    """Raise ValueError naming the argument unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{argument} must be {expected}, but got {got}")
+
+
+def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
+    """Raise unless ``dropout_p`` is a probability, with a seed wherever something can drop."""
+    from fastattn.dropout import check_seed
+
+    require(0.0 <= dropout_p <= 1.0, "dropout_p", "between 0 and 1", dropout_p)
+    if seed is not None:
+        check_seed(seed)
+    elif dropout_p > 0.0:
+        raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")

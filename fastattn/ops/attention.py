@@ -1,0 +1,443 @@
+"""Attention with probability dropout, masks and packed sequences.
+
+out = dropout(softmax(Q K^T scale + bias)) V, exact. A query with no key left gives zeros and zero
+gradients, never NaN. Backends: ``triton``, ``pytorch``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, fallback
+from fastattn.ops._library import (
+    autocast_dtype,
+    check_dropout,
+    define,
+    differentiable_gradients,
+    needs_composite,
+    require,
+    wants_second_order,
+)
+from fastattn.ops.arguments import ATTENTION_ARGUMENTS, AttentionArguments
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    head_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Scaled dot-product attention with dropout and masks (Vaswani et al., 2017).
+
+    Args:
+        query: (B, Sq, H, D), or (Tq, H, D) packed with ``cu_seqlens_q``; fp16, bf16, fp32 or fp64.
+        key, value: (B, Sk, H, D), or (Tk, H, D) packed; dtype of ``query``.
+        key_padding_mask: (B, Sk), bool (True: ignore the key) or float (added to its scores).
+        attn_mask: broadcastable to (B, H, Sq, Sk), bool (True: do not attend) or float (added).
+            Both masks may be given, and gradients flow to float ones.
+        key_lengths: (B,) int32; keys from this position on are ignored.
+        query_lengths: (B,) int32; queries from this position on give zeros.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 cumulative lengths, starting at 0, of sequences
+            packed without padding; both or neither, and no other mask with them but ``is_causal``.
+        max_seqlen_q, max_seqlen_k: the longest packed lengths, in tokens.
+        is_causal: query m attends to keys n <= m only, on top of the masks.
+        scale: of the scores; 1 / sqrt(D) by default.
+        dropout_p: probability of dropping an attention probability, resolved to 1/16384.
+        seed: (1,) int64 on the same device (:func:`fastattn.dropout.draw_seed`).
+        site: number of the dropout site (:func:`fastattn.dropout.site_of`).
+        head_offset: global number of the first head, where heads are sharded.
+        backend: ``"triton"`` or ``"pytorch"``; None chooses.
+
+    Returns:
+        The shape and dtype of ``query``. Under autocast inputs and result are in its dtype.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    query, key, value = _autocast(query, key, value)
+    arguments = AttentionArguments(
+        key_padding_mask,
+        attn_mask,
+        key_lengths,
+        query_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        _default_scale(query) if scale is None else scale,
+        dropout_p,
+        seed,
+        site,
+        head_offset,
+    )
+    arguments = _prepare("attention", query, key, value, arguments, backend)
+    if _wants_composite(arguments, query, key, value):
+        return _composite(query, key, value, arguments)
+    return _Attention.apply(query, key, value, *arguments)
+
+
+def attention_packed(
+    qkv: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    head_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention from one tensor, as one projection wrote it; its gradient is one tensor too.
+
+    Args:
+        qkv: (B, S, 3, H, D), or (T, 3, H, D) packed with ``cu_seqlens``, any strides: query, key
+            and value along the third-last dimension.
+
+    The other arguments and errors are those of :func:`attention`.
+
+    Returns:
+        (B, S, H, D) or (T, H, D), in the memory order (batch or sequence first) of ``qkv``.
+    """
+    require(qkv.dim() in (4, 5), "qkv", "4-D (packed) or 5-D", f"{qkv.dim()}-D")
+    require(qkv.shape[-3] == 3, "qkv", "of size 3 in its third-last dimension", tuple(qkv.shape))
+    (qkv,) = _autocast(qkv)
+    arguments = AttentionArguments(
+        key_padding_mask,
+        attn_mask,
+        key_lengths,
+        query_lengths,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        is_causal,
+        _default_scale(qkv) if scale is None else scale,
+        dropout_p,
+        seed,
+        site,
+        head_offset,
+    )
+    query, key, value = qkv.unbind(-3)
+    arguments = _prepare("attention_packed", query, key, value, arguments, backend)
+    if _wants_composite(arguments, qkv):
+        return _composite(query, key, value, arguments)
+    return _AttentionPacked.apply(qkv, *arguments)
+
+
+def _default_scale(x: Tensor) -> float:
+    return max(x.shape[-1], 1) ** -0.5
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = autocast_dtype(tensors[0])
+    return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
+
+
+def _prepare(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    arguments: AttentionArguments,
+    backend: str | None,
+) -> AttentionArguments:
+    """Check every argument, give the mask four dimensions and choose the backend."""
+    packed = arguments.cu_seqlens_q is not None
+    require(query.is_floating_point(), "query", "floating point", query.dtype)
+    require(query.dim() == (3 if packed else 4), "query", "(B, Sq, H, D) or packed", query.shape)
+    for name, x in (("key", key), ("value", value)):
+        require(x.dtype == query.dtype, name, f"of query's dtype {query.dtype}", x.dtype)
+        require(x.device == query.device, name, f"on query's device {query.device}", x.device)
+        require(x.dim() == query.dim(), name, f"{query.dim()}-D like query", f"{x.dim()}-D")
+        require(x.shape == key.shape, name, f"of key's shape {tuple(key.shape)}", tuple(x.shape))
+        expected = query.shape[-2:] if packed else (query.shape[0], *query.shape[-2:])
+        got = x.shape[-2:] if packed else (x.shape[0], *x.shape[-2:])
+        wanted = f"of query's batch, heads and head dim {tuple(expected)}"
+        require(tuple(got) == tuple(expected), name, wanted, tuple(got))
+    check_dropout(arguments.dropout_p, arguments.seed)
+    if packed:
+        _check_packed(arguments)
+    else:
+        arguments = _check_masks(arguments, query, key)
+    backend = dispatch.choose(op, query, backend, head_dim=query.shape[-1], arguments=arguments)
+    return arguments._replace(backend=backend)
+
+
+def _check_packed(arguments: AttentionArguments) -> None:
+    for name in ("key_padding_mask", "attn_mask", "key_lengths", "query_lengths"):
+        require(getattr(arguments, name) is None, name, "None where sequences are packed", "a mask")
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        seqlens = getattr(arguments, name)
+        require(seqlens is not None, name, "given where the other is", None)
+        is_vector = seqlens.dtype == torch.int32 and seqlens.dim() == 1 and seqlens.numel() > 0
+        require(is_vector, name, "1-D torch.int32", f"{seqlens.dim()}-D {seqlens.dtype}")
+
+
+def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> AttentionArguments:
+    batch, seqlen_q, heads, _ = query.shape
+    seqlen_k = key.shape[1]
+    require(arguments.cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens_q", "a tensor")
+    padding, mask = arguments.key_padding_mask, arguments.attn_mask
+    for name, x in (("key_padding_mask", padding), ("attn_mask", mask)):
+        if x is not None:
+            usable = x.dtype == torch.bool or x.is_floating_point()
+            require(usable, name, "bool or floating point", x.dtype)
+    if padding is not None:
+        expected = (batch, seqlen_k)
+        require(padding.shape == expected, "key_padding_mask", f"{expected}", tuple(padding.shape))
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        expected = (batch, heads, seqlen_q, seqlen_k)
+        fits = mask.dim() == 4 and all(
+            got in (1, want) for got, want in zip(mask.shape, expected, strict=True)
+        )
+        require(fits, "attn_mask", f"broadcastable to {expected}", tuple(mask.shape))
+    for name in ("key_lengths", "query_lengths"):
+        lengths = getattr(arguments, name)
+        if lengths is not None:
+            fits = lengths.shape == (batch,) and lengths.dtype == torch.int32
+            got = f"{tuple(lengths.shape)} {lengths.dtype}"
+            require(fits, name, f"({batch},) torch.int32", got)
+    return arguments._replace(attn_mask=mask)
+
+
+def _wants_composite(arguments: AttentionArguments, *tensors: Tensor) -> bool:
+    """torch's own SDPA, with its own autograd, is the ``pytorch`` backend where nothing drops."""
+    if arguments.backend == "pytorch" and not arguments.dropout.drops:
+        return True
+    return needs_composite(*tensors, arguments.key_padding_mask, arguments.attn_mask)
+
+
+def _composite(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
+    masks = (arguments.key_padding_mask, arguments.attn_mask)
+    return fallback.attention_composite(query, key, value, *masks, arguments)
+
+
+# --------------------------------------------------------------------- why not, per backend
+
+for _op in ("attention", "attention_packed"):
+    dispatch.register(_op, "pytorch", fallback)
+
+
+# ------------------------------------------------------------- schema, fake, implementation
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    arguments = AttentionArguments(*options)
+    functions = dispatch.functions("attention", arguments.backend)
+    return functions.attention_forward(query, key, value, arguments)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any):
+    return fallback.like_query(query), query.new_empty(0, dtype=torch.float32)
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_key_padding_mask: bool,
+    grad_attn_mask: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    arguments = AttentionArguments(*options)
+    functions = dispatch.functions("attention", arguments.backend)
+    grads = functions.attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        arguments,
+        (grad_key_padding_mask, grad_attn_mask),
+    )
+    dense = (
+        fallback.like_query(x).copy_(g)
+        for x, g in zip((query, key, value), grads[:3], strict=True)
+    )
+    return *dense, *(query.new_empty(0) if g is None else g for g in grads[3:])
+
+
+def _mask_gradients_fake(
+    like: Tensor, grad_padding: bool, grad_mask: bool, arguments: AttentionArguments
+) -> tuple[Tensor, Tensor]:
+    padding, mask = arguments.key_padding_mask, arguments.attn_mask
+    return (
+        padding.new_empty(padding.shape) if grad_padding else like.new_empty(0),
+        mask.new_empty(mask.shape) if grad_mask else like.new_empty(0),
+    )
+
+
+def _backward_fake(grad_out, query, key, value, out, lse, grad_padding, grad_mask, *options):
+    masks = _mask_gradients_fake(query, grad_padding, grad_mask, AttentionArguments(*options))
+    return *(fallback.like_query(x) for x in (query, key, value)), *masks
+
+
+def _packed_forward(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _forward(*qkv.unbind(-3), *options)
+
+
+def _packed_forward_fake(qkv: Tensor, *options: Any):
+    return _forward_fake(*qkv.unbind(-3), *options)
+
+
+def _packed_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_key_padding_mask: bool,
+    grad_attn_mask: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = AttentionArguments(*options)
+    functions = dispatch.functions("attention_packed", arguments.backend)
+    *grads, d_padding, d_mask = functions.attention_backward(
+        grad_out,
+        *qkv.unbind(-3),
+        out,
+        lse,
+        arguments,
+        (grad_key_padding_mask, grad_attn_mask),
+    )
+    d_qkv = fallback.like_query(qkv)
+    for target, grad in zip(d_qkv.unbind(-3), grads, strict=True):
+        target.copy_(grad)
+    return d_qkv, *(qkv.new_empty(0) if g is None else g for g in (d_padding, d_mask))
+
+
+def _packed_backward_fake(grad_out, qkv, out, lse, grad_padding, grad_mask, *options):
+    masks = _mask_gradients_fake(qkv, grad_padding, grad_mask, AttentionArguments(*options))
+    return fallback.like_query(qkv), *masks
+
+
+_RESULT = "(Tensor out, Tensor lse)"
+_MASK_GRADIENTS = "bool grad_key_padding_mask, bool grad_attn_mask"
+_forward_op = define(
+    f"attention_fwd(Tensor query, Tensor key, Tensor value, {ATTENTION_ARGUMENTS}) -> {_RESULT}",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, {_MASK_GRADIENTS}, {ATTENTION_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_packed_forward_op = define(
+    f"attention_packed_fwd(Tensor qkv, {ATTENTION_ARGUMENTS}) -> {_RESULT}",
+    _packed_forward,
+    _packed_forward_fake,
+)
+_packed_backward_op = define(
+    "attention_packed_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, "
+    f"{_MASK_GRADIENTS}, {ATTENTION_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _packed_backward,
+    _packed_backward_fake,
+)
+
+
+# ------------------------------------------------------------------------ autograd Function
+
+
+def _remember(ctx: Any, tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> None:
+    """Save the tensors among ``options`` as tensors, so that nothing leaks, and the rest as is."""
+    ctx.tensor_at = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
+    ctx.options = tuple(None if isinstance(x, Tensor) else x for x in options)
+    ctx.save_for_backward(*tensors, *(options[i] for i in ctx.tensor_at))
+
+
+def _recall(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], AttentionArguments]:
+    saved = ctx.saved_tensors
+    options = list(ctx.options)
+    for i, tensor in zip(ctx.tensor_at, saved[count:], strict=True):
+        options[i] = tensor
+    return saved[:count], AttentionArguments(*options)
+
+
+def _mask_gradients(ctx: Any, first: int, d_padding: Tensor, d_mask: Tensor) -> tuple[Any, ...]:
+    """Gradients of everything in ``options``, whose first two are the masks."""
+    masks = (d_padding, d_mask)
+    wanted = ctx.needs_input_grad[first : first + 2]
+    found = tuple(g if want else None for g, want in zip(masks, wanted, strict=True))
+    return found + (None,) * (len(ctx.options) - 2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        out, lse = _forward_op(query, key, value, *options)
+        _remember(ctx, (query, key, value, out, lse), options)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (query, key, value, out, lse), arguments = _recall(ctx, 5)
+        if wants_second_order():
+            inputs = (query, key, value, *arguments[:2])
+            grads = differentiable_gradients(
+                lambda *x: fallback.attention_composite(*x, arguments), inputs, grad_out
+            )
+            return *grads, *(None,) * (len(ctx.options) - 2)
+        wanted = ctx.needs_input_grad[3:5]
+        *grads, d_padding, d_mask = _backward_op(
+            grad_out, query, key, value, out, lse, *wanted, *arguments
+        )
+        return *grads, *_mask_gradients(ctx, 3, d_padding, d_mask)
+
+
+class _AttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, *options: Any) -> Tensor:
+        out, lse = _packed_forward_op(qkv, *options)
+        _remember(ctx, (qkv, out, lse), options)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (qkv, out, lse), arguments = _recall(ctx, 3)
+        if wants_second_order():
+            grads = differentiable_gradients(
+                lambda qkv, *masks: fallback.attention_composite(
+                    *qkv.unbind(-3), *masks, arguments
+                ),
+                (qkv, *arguments[:2]),
+                grad_out,
+            )
+            return *grads, *(None,) * (len(ctx.options) - 2)
+        wanted = ctx.needs_input_grad[1:3]
+        d_qkv, d_padding, d_mask = _packed_backward_op(
+            grad_out, qkv, out, lse, *wanted, *arguments
+        )
+        return d_qkv, *_mask_gradients(ctx, 1, d_padding, d_mask)
