@@ -6,9 +6,13 @@ The reason for a failed build is written to ``fastattn/_build_status.txt``, whic
 
 from __future__ import annotations
 
+import os
 import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -17,20 +21,30 @@ EXTENSION = Extension(
     "fastattn._C",
     sources=["csrc/bindings.cpp", "csrc/dropout_cpu.cpp"],
     depends=["csrc/dropout.h", "csrc/philox.h"],
-    include_dirs=["csrc"],
     language="c++",
     optional=True,
 )
 
 
-def run_compiler(command: list[str], **_: object) -> None:
-    """Run one compiler command; raise with the first error it printed."""
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
-    sys.stderr.write(done.stderr)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        error = next((line for line in lines if "error" in line), lines[-1])
-        raise RuntimeError(f"{command[0]} failed: {error.strip()}")
+@contextmanager
+def stderr_into(log: BinaryIO) -> Iterator[None]:
+    """Send what this process and the compilers it starts write to stderr to ``log``."""
+    stderr = os.dup(2)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def summary(error: Exception, log: str) -> str:
+    """One line: what failed, and the first error that the compiler printed."""
+    origin = error.__cause__ or error.__context__ or error
+    if isinstance(origin, subprocess.CalledProcessError):
+        error = RuntimeError(f"{origin.cmd[0]} failed with exit code {origin.returncode}")
+    printed = [line for line in log.splitlines() if "error" in line][:1]
+    return " ".join(": ".join([str(error), *printed]).split())
 
 
 class BuildOrExplain(build_ext):
@@ -40,23 +54,30 @@ class BuildOrExplain(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         msvc = self.compiler.compiler_type == "msvc"
-        flags = ["/std:c++17", "/O2"] if msvc else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+        flags = (
+            ["/std:c++17", "/O2"] if msvc else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+        )
         openmp = "/openmp" if msvc else "-fopenmp"
-        if not msvc:
-            self.compiler.spawn = run_compiler
-        try:
-            import pybind11
+        for attempt in ([openmp], []):
+            ext.extra_compile_args = flags + attempt
+            ext.extra_link_args = [] if msvc else attempt
+            self.failure = self.try_build(ext)
+            if self.failure is None:
+                break
 
-            ext.include_dirs.append(pybind11.get_include())
+    def try_build(self, ext: Extension) -> str | None:
+        """Why the extension could not be built, None if it was."""
+        with tempfile.TemporaryFile() as log:
             try:
-                ext.extra_compile_args = [*flags, openmp]
-                ext.extra_link_args = [] if msvc else [openmp]
-                super().build_extension(ext)
-            except Exception:
-                ext.extra_compile_args, ext.extra_link_args = flags, []
-                super().build_extension(ext)
-        except Exception as error:
-            self.failure = " ".join(str(error).split())
+                import pybind11
+
+                ext.include_dirs = ["csrc", pybind11.get_include()]
+                with stderr_into(log):
+                    super().build_extension(ext)
+                return None
+            except Exception as error:
+                log.seek(0)
+                return summary(error, log.read().decode(errors="replace"))
 
     def run(self) -> None:
         super().run()

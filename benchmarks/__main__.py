@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import report, suite
-from .cases import CASES
+from .cases import CASES, PROVIDERS
 
 PLAIN_WIDTH = 168
 QUICK_ROUNDS = 7
+EAGER = {provider.name for provider in PROVIDERS if not provider.compiled}
 
 
 def positive(text: str) -> int:
@@ -36,8 +37,10 @@ def parser() -> argparse.ArgumentParser:
         "is checked against float64 first. Prints tables, writes JSON and a PNG.",
     )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    run.add_argument("--rounds", type=positive, help="interleaved rounds (default: 15)")
-    run.add_argument("--quick", action="store_true", help="the smallest size only, 7 rounds")
+    run.add_argument(
+        "--rounds", type=positive, help=f"default: {suite.ROUNDS}, quick {QUICK_ROUNDS}"
+    )
+    run.add_argument("--quick", action="store_true", help="the smallest size only")
     run.add_argument(
         "--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>/"
     )
@@ -51,19 +54,21 @@ def run_command(arguments: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch finds no CUDA device here", file=sys.stderr)
         return 2
+    (arguments.out or report.RESULTS).mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     cases = CASES[device][:1] if arguments.quick else CASES[device]
-    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else 15)
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else suite.ROUNDS)
     terminal = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(
         *columns, TimeElapsedColumn(), console=terminal, disable=not terminal.is_terminal
     )
     with progress:
-        task = progress.add_task("starting", total=suite.count_steps(cases, rounds))
+        task = progress.add_task("starting", total=suite.count_steps(cases, rounds, PROVIDERS))
         results = suite.run(
             device,
             cases,
             rounds,
+            PROVIDERS,
             on_step=lambda text: progress.update(task, advance=1, description=text),
         )
     paths = report.save(results, arguments.out)
@@ -80,9 +85,6 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-EAGER = {provider.name for provider in suite.PROVIDERS if not provider.compiled}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
@@ -93,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_command(arguments)
         print(report.markdown(report.load(arguments.file), arguments.file.name))
         return 0
-    except report.ResultsError as error:
+    except (report.ResultsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.AcceleratorError as error:
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
         print(f"error: the device failed, nothing was written: {error}", file=sys.stderr)
         return 1
 

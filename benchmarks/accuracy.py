@@ -17,9 +17,9 @@ from .cases import STOCK, Case, Dtype, Provider
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2, 3
 RULE = (
     "max abs error against the stock layer in float64, dropout 0: at most "
-    f"{OUTPUT_FACTOR}x that of the stock layer in the same dtype for outputs, {GRADIENT_FACTOR}x for "
-    "gradients, eager measured by eager and compiled by compiled, and never stricter than one ulp "
-    "of the tensor's largest element"
+    f"{OUTPUT_FACTOR}x that of the stock layer in the same dtype for outputs, {GRADIENT_FACTOR}x "
+    "for gradients, eager measured by eager and compiled by compiled, and never stricter than one "
+    "ulp of the tensor's largest element"
 )
 
 

@@ -37,9 +37,7 @@ class CpuTimer:
 class CudaTimer:
     """Median device time of single calls, each after its inputs were driven out of the L2 cache."""
 
-    description = (
-        "median of CUDA event times of single calls, L2 cache flushed before each, gc disabled"
-    )
+    description = "median of CUDA event times of single calls, L2 flushed before each, gc disabled"
 
     def __init__(self) -> None:
         l2_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
@@ -58,7 +56,10 @@ class CudaTimer:
         return float(np.median([start.elapsed_time(end) for start, end in events])) / 1e3
 
 
-def repetitions_for(timer: CpuTimer | CudaTimer, function: Callable[[], None]) -> int:
+Timer = CpuTimer | CudaTimer
+
+
+def repetitions_for(timer: Timer, function: Callable[[], None]) -> int:
     """How many calls one sample needs to last `SAMPLE_SECONDS`. The function must be warm."""
     return math.ceil(SAMPLE_SECONDS / timer.sample(function, 2))
 
@@ -72,14 +73,14 @@ def median_ratio(peer: Sequence[float], ours: Sequence[float], resamples: int = 
 
 
 PEAK_MEMORY = {
-    "cpu": "highest sum of the allocations and frees that torch.profiler records in one call, above "
-    "its start; scratch memory that libraries take outside torch's allocator is not seen",
+    "cpu": "most bytes live at once of what one call allocates, from torch.profiler's allocations "
+    "and frees; scratch memory that libraries take outside torch's allocator is not seen",
     "cuda": "torch.cuda.max_memory_allocated in one call, above memory_allocated at its start",
 }
 
 
 def peak_bytes(function: Callable[[], None], device: str) -> int:
-    """The most memory that was live at once during the call, above what was live at its start."""
+    """The most memory that was live at once of what the call allocates."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -7,6 +7,7 @@ import math
 import os
 from itertools import count, groupby
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from rich.console import Console
@@ -51,12 +52,12 @@ def load(path: Path) -> dict:
 
 
 def save(results: dict, folder: Path | None = None) -> tuple[Path, Path]:
-    """Writes `<date>-<commit>.json` and `.png`, by default under `benchmarks/results/<device>/`.
+    """Writes `<date>-<commit>.json` and `.png` to the folder (`benchmarks/results/<device>`).
 
     Each is written beside its place and renamed; an existing result gets a neighbour, `-2` and up.
     """
     environment = results["environment"]
-    folder = RESULTS / device_slug(environment) if folder is None else Path(folder)
+    folder = folder or RESULTS / device_slug(environment)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{environment['date'][:10]}-{environment['commit'] or 'no-commit'}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
@@ -160,8 +161,8 @@ def markdown(results: dict, source: str) -> str:
     """The README's table: each provider's time and what fastattn gains, like with like."""
     lines = [
         f"{headline(results)}.",
-        f"Medians of {results['method']['rounds']} interleaved rounds in ms; speedups are medians of "
-        f"per-round ratios with 95 % bootstrap intervals. From `{source}`.",
+        f"Medians of {results['method']['rounds']} interleaved rounds in ms; speedups are medians "
+        f"of per-round ratios with 95 % bootstrap intervals. From `{source}`.",
         "",
         "| size | mode | stock | stock compiled | fastattn | fastattn compiled | fastattn / stock "
         "| compiled / compiled | peak MB, stock → fastattn | saved MB, stock → fastattn |",
@@ -217,6 +218,6 @@ def plot(results: dict, path: Path) -> None:
     axes[0][0].set_ylabel("speedup over stock eager")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, COLOURS, loc="outside lower center", ncols=len(COLOURS))
-    figure.suptitle(headline(results), fontsize=9)
+    figure.suptitle(fill(headline(results), 75 * len(cases)), fontsize=9)
     figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from .environment import environment
 
 FORMAT, VERSION = "fastattn-benchmark", 1
 WARM_UP_CALLS = 3
+ROUNDS = 15
 OnStep = Callable[[str], None]
 
 
@@ -38,19 +40,10 @@ class Entry:
     def withhold(self, status: str, reason: str) -> None:
         self.status, self.reason, self.seconds = status, reason, []
 
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Runs the action; its failure is this entry's alone, unless the device itself is lost."""
-        try:
-            action()
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            self.withhold("failed", describe(error))
-
     def call(self) -> None:
         self.mode.run(self.workload)
 
-    def warm_up(self, timer, device: str) -> None:
+    def warm_up(self, timer: measure.Timer, device: str) -> None:
         layer = self.workload.layer.train(self.mode.training)
         for _ in range(WARM_UP_CALLS):
             self.call()
@@ -61,7 +54,7 @@ class Entry:
         self.peak_bytes = measure.peak_bytes(self.call, device)
         self.repetitions = measure.repetitions_for(timer, self.call)
 
-    def time_once(self, timer) -> None:
+    def time_once(self, timer: measure.Timer) -> None:
         self.workload.layer.train(self.mode.training)
         self.seconds.append(timer.sample(self.call, self.repetitions))
 
@@ -94,9 +87,17 @@ class Entry:
         return row
 
 
-def describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+@contextmanager
+def failure_withholds(entries: Sequence[Entry]) -> Iterator[None]:
+    """A failure is that of these entries alone and the run goes on, unless the device is lost."""
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        for entry in entries:
+            entry.withhold("failed", f"{type(error).__name__}: {lines[0][:200]}")
 
 
 def mismatch_reason(match: dict) -> str:
@@ -108,72 +109,74 @@ def mismatch_reason(match: dict) -> str:
     )
 
 
-def check_and_build(provider: Provider, case: Case, check, device: str) -> tuple[dict, Workload]:
-    """The provider's match and its workload; a compiled provider that compiled nothing is refused."""
-    graphs = counters["stats"]["unique_graphs"]
-    match = check.check(provider)
-    if provider.compiled and counters["stats"]["unique_graphs"] == graphs:
-        raise RuntimeError("torch.compile captured no graph: this would time the eager layer")
-    return match, Workload(case, provider, device)
+@dataclass
+class CaseRun:
+    """All entries of one case, on their way through check, warm-up and timing."""
 
+    case: Case
+    device: str
+    timer: measure.Timer
+    modes: Sequence[Mode]
+    on_step: OnStep
+    entries: list[Entry] = field(default_factory=list)
 
-def prepare(
-    provider: Provider,
-    case: Case,
-    modes: Sequence[Mode],
-    check,
-    timer,
-    device: str,
-    on_step: OnStep,
-) -> list[Entry]:
-    """The provider's entries, checked for accuracy and, where right, warm and ready to be timed."""
-    entries = [Entry(case, provider, mode) for mode in modes]
-    on_step(f"{case.name}: checking {provider.name}")
-    try:
-        match, workload = check_and_build(provider, case, check, device)
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:
-        match, workload = None, None
+    def __post_init__(self) -> None:
+        torch._dynamo.reset()  # a new size is a new graph, not a recompilation of the last one
+        self.check = accuracy.AccuracyCheck(self.case, self.device)
+
+    def add(self, provider: Provider) -> None:
+        """The provider's entries, checked for accuracy and, where right, warm and ready."""
+        entries = [Entry(self.case, provider, mode) for mode in self.modes]
+        self.entries += entries
+        self.on_step(f"{self.case.name}: checking {provider.name}")
+        with failure_withholds(entries):
+            self._check(provider, entries)
         for entry in entries:
-            entry.withhold("failed", describe(error))
-    for entry in entries:
-        entry.match, entry.workload = match, workload
-        if match and not match["ok"]:
-            entry.withhold("mismatch", mismatch_reason(match))
-        on_step(f"{case.name}: warming up {provider.name}, {entry.mode.name}")
-        if entry.status == "ok":
-            entry.attempt(lambda entry=entry: entry.warm_up(timer, device))
-    return entries
+            self.on_step(f"{self.case.name}: warming up {provider.name}, {entry.mode.name}")
+            if entry.status == "ok":
+                with failure_withholds([entry]):
+                    entry.warm_up(self.timer, self.device)
 
+    def _check(self, provider: Provider, entries: Sequence[Entry]) -> None:
+        graphs = counters["stats"]["unique_graphs"]
+        match = self.check.check(provider)
+        if provider.compiled and counters["stats"]["unique_graphs"] == graphs:
+            raise RuntimeError("torch.compile captured no graph: this would time the eager layer")
+        workload = Workload(self.case, provider, self.device)
+        for entry in entries:
+            entry.match, entry.workload = match, workload
+            if not match["ok"]:
+                entry.withhold("mismatch", mismatch_reason(match))
 
-def time_rounds(
-    entries: Sequence[Entry], modes: Sequence[Mode], rounds: int, timer, on_step
-) -> None:
-    """Each round times every provider once per mode, each time starting with another provider."""
-    for number in range(rounds):
+    def time_round(self, number: int) -> None:
+        """Times every provider once per mode; each round starts with another provider."""
         gc.collect()
         gc.disable()
         try:
-            for mode in modes:
-                ready = [e for e in entries if e.mode is mode and e.status == "ok"]
+            for mode in self.modes:
+                ready = [e for e in self.entries if e.mode is mode and e.status == "ok"]
                 first = number % max(len(ready), 1)
                 for entry in ready[first:] + ready[:first]:
-                    entry.attempt(lambda entry=entry: entry.time_once(timer))
+                    with failure_withholds([entry]):
+                        entry.time_once(self.timer)
         finally:
             gc.enable()
-        on_step(f"{entries[0].case.name}: round {number + 1} of {rounds}")
+        self.on_step(f"{self.case.name}: timing, round {number + 1}")
+
+    def rows(self) -> list[dict]:
+        ordered = [e for mode in self.modes for e in self.entries if e.mode is mode]
+        return [entry.row(self.entries) for entry in ordered]
 
 
-def count_steps(cases: Sequence[Case], rounds: int) -> int:
-    """How often `run` calls `on_step` with the default providers and modes."""
-    return len(cases) * (len(PROVIDERS) * (1 + len(MODES)) + rounds)
+def count_steps(cases: Sequence[Case], rounds: int, providers: Sequence[Provider]) -> int:
+    """How often `run` calls `on_step` with these arguments and all modes."""
+    return len(cases) * (len(providers) * (1 + len(MODES)) + rounds)
 
 
 def run(
     device: str,
     cases: Sequence[Case] | None = None,
-    rounds: int = 15,
+    rounds: int = ROUNDS,
     providers: Sequence[Provider] = PROVIDERS,
     modes: Sequence[Mode] = MODES,
     on_step: OnStep = lambda text: None,
@@ -181,19 +184,19 @@ def run(
     """Runs the cases (by default the device's) and returns the results that `report` works on."""
     cases = CASES[device] if cases is None else cases
     timer = measure.CudaTimer() if device == "cuda" else measure.CpuTimer()
+    started_in = environment(device)
     rows = []
     for case in cases:
-        torch._dynamo.reset()  # a new size is a new graph, not a recompilation of the last one
-        check = accuracy.AccuracyCheck(case, device)
-        entries = []
+        case_run = CaseRun(case, device, timer, modes, on_step)
         for provider in providers:
-            entries += prepare(provider, case, modes, check, timer, device, on_step)
-        time_rounds(entries, modes, rounds, timer, on_step)
-        rows += [entry.row(entries) for mode in modes for entry in entries if entry.mode is mode]
+            case_run.add(provider)
+        for number in range(rounds):
+            case_run.time_round(number)
+        rows += case_run.rows()
     return {
         "format": FORMAT,
         "version": VERSION,
-        "environment": environment(device),
+        "environment": started_in,
         "method": {
             "rounds": rounds,
             "order": "providers interleaved in every round, the first one rotated",

@@ -1,7 +1,7 @@
 // Dropout factors of the contract in fastattn/dropout.py, written on the CPU.
 //
-// A factor is a tensor that holds the bit pattern `kept_bits` where an element is kept and zero bits
-// where it drops, so one kernel per element size serves masks and multipliers of every dtype.
+// A factor is a tensor that holds the bit pattern `kept_bits` where an element is kept and zero
+// bits where it drops, so one kernel per element size serves masks and multipliers of every dtype.
 #pragma once
 
 #include <cstdint>

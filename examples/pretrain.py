@@ -5,8 +5,8 @@
     python examples/pretrain.py --text book.txt --steps 5000 --out runs/book
     python examples/pretrain.py --steps 4000 --resume    # go on from runs/pretrain
 
-Each run leaves ``checkpoint.safetensors``, ``log.csv`` and ``loss.png`` in its folder. A resumed run
-computes, bit for bit, what the uninterrupted one would have.
+Each run leaves ``checkpoint.safetensors``, ``log.csv`` and ``loss.png`` in its folder. A resumed
+run computes, bit for bit, what the uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a checkpoint depends on. The kind of layer does not belong here: the weights fit both."""
+    """What a checkpoint depends on. The kind of layer is not part of it: the weights fit both."""
 
     seq_len: int
     batch_size: int
@@ -108,7 +108,9 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, corpus: Corpus, c: Configuration, device: torch.device) -> float:
+def held_out_loss(
+    model: nn.Module, corpus: Corpus, c: Configuration, device: torch.device
+) -> float:
     """Loss on a fixed sample of the held-out text, in evaluation mode."""
     model.eval()
     total, predictions = 0.0, 0
@@ -321,7 +323,9 @@ def train(
                 group["lr"] = c.lr * min(1.0, (step + 1) / WARM_UP)
             loss = mean_loss(model, batch)
             if not loss.isfinite():
-                raise RunError(f"the loss of step {step + 1} is {loss}; the last checkpoint is kept")
+                raise RunError(
+                    f"the loss of step {step + 1} is {loss}; the last checkpoint is kept"
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -382,13 +386,13 @@ def command_line() -> argparse.ArgumentParser:
     add("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 files instead of Python's text")
     add("--steps", type=natural, default=2000)
     add("--batch-size", type=natural, default=32, help="sequences in a step")
-    add("--seq-len", type=natural, default=128, help="bytes in a sequence")
+    add("--seq-len", type=natural, default=64, help="bytes in a sequence")
     add("--d-model", type=natural, default=128)
     add("--heads", type=natural, default=4)
-    add("--layers", type=natural, default=4)
+    add("--layers", type=natural, default=2)
     add("--d-ff", type=natural, default=512)
     add("--dropout", type=number(0, 1), default=0.1)
-    add("--lr", type=number(0, math.inf), default=1e-3, help="learning rate after the warm-up")
+    add("--lr", type=number(0, math.inf), default=3e-3, help="learning rate after the warm-up")
     add("--seed", type=int, default=0)
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")

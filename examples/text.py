@@ -1,7 +1,7 @@
-"""Text for masked-language-model pre-training: documents, batches of them, and their corruption.
+"""Text for masked-language-model pre-training: documents, batches, and their corruption.
 
-A token is a byte. Beside the 256 bytes the vocabulary holds ``PAD``, which fills sequences up to the
-length of the batch, and ``MASK``, which stands where a byte was hidden.
+A token is a byte. Beside the 256 bytes the vocabulary holds ``PAD``, which fills sequences up to
+the length of the batch, and ``MASK``, which stands where a byte was hidden.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,9 @@ def _file_document(path: Path) -> bytes:
     except OSError as error:
         raise TextError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise TextError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
     if not document.strip():
         raise TextError(f"{path} is empty")
     return document
@@ -99,7 +102,7 @@ class Pieces:
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         pieces = [piece for piece in pieces if piece]
-        self.tokens = torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+        self.tokens = torch.from_numpy(np.frombuffer(b"".join(pieces), np.uint8).copy())
         self.lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
         self.starts = self.lengths.cumsum(0) - self.lengths
 
@@ -157,16 +160,15 @@ def make_batch(pieces: Pieces, count: int, length: int, key: str) -> Batch:
     corrupted, chosen = corrupt(tokens, generator)
     padding = tokens == PAD
     places = chosen.flatten().nonzero().squeeze(1)
-    return Batch(
-        corrupted, padding if padding.any() else None, places, tokens.flatten()[places]
-    )
+    return Batch(corrupted, padding if padding.any() else None, places, tokens.flatten()[places])
 
 
 def corrupt(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Corrupted tokens, and which were chosen for prediction (a bool tensor of the same shape).
 
     Choice and replacement as in BERT (Devlin et al., arXiv:1810.04805): 15 % of the bytes are
-    chosen; of these 80 % become ``MASK``, 10 % a random byte, and 10 % stay. Specials are left alone.
+    chosen; of these 80 % become ``MASK``, 10 % a random byte, and 10 % stay. Specials are never
+    chosen.
     """
     choice = torch.rand(tokens.shape, generator=generator)
     action = torch.rand(tokens.shape, generator=generator)

@@ -37,7 +37,7 @@ class Backend:
     why_not: Callable[..., str | None] = field(default=lambda **facts: None)
 
 
-_registry: dict[tuple[str, str], Backend] = {}
+_registry: dict[str, dict[str, Backend]] = {op: {} for op in BACKENDS}
 _requested: dict[str, str] = {}
 _record: list[Choice] | None = None
 
@@ -61,22 +61,23 @@ def register(
 ) -> None:
     """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do."""
     _known(op, backend)
-    _registry[op, backend] = Backend(functions, why_not) if why_not else Backend(functions)
+    _registry[op][backend] = Backend(functions, why_not) if why_not else Backend(functions)
+    _registry[op] = {name: _registry[op][name] for name in BACKENDS[op] if name in _registry[op]}
 
 
 def functions(op: str, backend: str) -> Any:
     """The implementation that ``backend`` registered for ``op``."""
-    return _registry[op, backend].functions
+    return _registry[op][backend].functions
 
 
 def why_not(op: str, backend: str, device: torch.device, **facts: Any) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``device`` with these facts; None if it can."""
-    wanted = _DEVICES.get(backend)
-    if wanted is not None and device.type != wanted:
-        return f"runs on {wanted}, not on {device.type}"
-    entry = _registry.get((op, backend))
+    entry = _registry[op].get(backend)
     if entry is None:
         return f"this version of fastattn has no {backend} kernel for {op}"
+    wanted = _DEVICES.get(backend, device.type)
+    if device.type != wanted:
+        return f"runs on {wanted}, not on {device.type}"
     return entry.why_not(device=device, **facts)
 
 
@@ -94,22 +95,25 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
         ValueError: ``backend`` is no backend of ``op``.
         RuntimeError: the backend asked for cannot run this call; the message says why.
     """
+    taken = preview(op, tensor, backend, **facts)
+    if _record is not None:
+        better = BACKENDS[op][: BACKENDS[op].index(taken)]
+        asked_for = f"{taken} was asked for"
+        reasons = {n: why_not(op, n, tensor.device, **facts) or asked_for for n in better}
+        note(op, taken, reasons)
+    return taken
+
+
+def preview(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) -> str:
+    """What :func:`choose` would choose, without a trace in :func:`explain`."""
     asked = backend if backend is not None else _requested.get(op)
-    reasons: dict[str, str] = {}
-    if asked is not None:
-        _known(op, asked)
-        reason = why_not(op, asked, tensor.device, **facts)
-        if reason is not None:
-            raise RuntimeError(f"backend={asked!r} cannot run {op}: {reason}")
-        note(op, asked, {name: f"{asked} was asked for" for name in _better(op, asked)})
-        return asked
-    for name in BACKENDS[op]:
-        reason = why_not(op, name, tensor.device, **facts)
-        if reason is None:
-            note(op, name, reasons)
-            return name
-        reasons[name] = reason
-    raise RuntimeError(f"no backend can run {op}: {reasons}")
+    if asked is None:
+        return next(n for n in _registry[op] if why_not(op, n, tensor.device, **facts) is None)
+    _known(op, asked)
+    reason = why_not(op, asked, tensor.device, **facts)
+    if reason is not None:
+        raise RuntimeError(f"backend={asked!r} cannot run {op}: {reason}")
+    return asked
 
 
 def note(part: str, taken: str, reasons: dict[str, str]) -> None:
@@ -183,11 +187,6 @@ def explain(layer: torch.nn.Module, *inputs: Any, **keywords: Any) -> Explanatio
         return Explanation(_record)
     finally:
         _record = before
-
-
-def _better(op: str, backend: str) -> tuple[str, ...]:
-    names = BACKENDS[op]
-    return names[: names.index(backend)]
 
 
 def _all_backends() -> list[str]:

@@ -250,7 +250,8 @@ def _padded_arguments(
 
 # ---------------------------------------------------------------------------------- feed-forward
 
-_ACTIVATIONS = {
+#: The activations that have a fused path.
+ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -266,16 +267,11 @@ _ACTIVATION_BACKWARD = {
 }
 
 
-def activation_names() -> tuple[str, ...]:
-    """The activations that have a fused path."""
-    return tuple(_ACTIVATIONS)
-
-
 def _activate(hidden: Tensor, activation: str, factor: Tensor | None) -> Tensor:
     """A fresh dropout(act(hidden))."""
     if activation == "identity":
         return hidden.clone() if factor is None else hidden * factor
-    activated = _ACTIVATIONS[activation](hidden)
+    activated = ACTIVATIONS[activation](hidden)
     return activated if factor is None else activated.mul_(factor)
 
 
@@ -382,7 +378,7 @@ def bias_activation_dropout_composite(
     input: Tensor, bias: Tensor | None, activation: str, dropout: TokenDropout
 ) -> Tensor:
     hidden = input if bias is None else input + bias
-    activated = _ACTIVATIONS[activation](hidden)
+    activated = ACTIVATIONS[activation](hidden)
     factor = dropout.factor(hidden, ACTIVATION, hidden.dtype)
     return activated if factor is None else activated * factor
 

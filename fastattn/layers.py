@@ -252,7 +252,7 @@ class _Call:
         )
         out = out.transpose(0, 1) if sequence_first else out
         out = out.reshape(x.shape)
-        return Branch(*_linear_without_bias(attn.out_proj, "self_attn.out_proj", out), layer.dropout1)
+        return Branch(*self.last_linear(attn.out_proj, "self_attn.out_proj", out), layer.dropout1)
 
     def _attention_module(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -290,9 +290,10 @@ class _Call:
             **self.layout.rows,
         }
         if not any(reasons.values()):
-            weights = (linear1.weight, linear1.bias, linear2.weight)
+            bias2, deferred = (None, linear2.bias) if self.defers_bias(x) else (linear2.bias, None)
+            weights = (linear1.weight, linear1.bias, linear2.weight, bias2)
             out = feed_forward(x, *weights, activation=activation, **options)
-            return Branch(out, linear2.bias, layer.dropout2)
+            return Branch(out, deferred, layer.dropout2)
         for part, reason in reasons.items():
             if reason is not None:
                 dispatch.note(part, "module", {"fused": reason})
@@ -308,7 +309,22 @@ class _Call:
                 hidden = layer.dropout(hidden)
         else:
             hidden = layer.dropout(layer.activation(linear1(x)))
-        return Branch(*_linear_without_bias(linear2, "linear2", hidden), layer.dropout2)
+        return Branch(*self.last_linear(linear2, "linear2", hidden), layer.dropout2)
+
+    def last_linear(self, linear: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``linear(x)``, and its bias where that is left to the next op."""
+        reason = why_module(linear, nn.Linear, NonDynamicallyQuantizableLinear)
+        if reason is not None:
+            dispatch.note(name, "module", {"fused": reason})
+            return linear(x), None
+        if self.defers_bias(x):
+            return F.linear(x, linear.weight), linear.bias
+        return F.linear(x, linear.weight, linear.bias), None
+
+    def defers_bias(self, x: Tensor) -> bool:
+        """A fused kernel adds a bias for nothing; plain PyTorch does so in the matrix product."""
+        op = "dropout_add" if self.layer.norm_first else "dropout_add_layer_norm"
+        return dispatch.preview(op, x) != "pytorch"
 
     # What follows a branch -----------------------------------------------------------------
 
@@ -371,18 +387,19 @@ def why_module(module: nn.Module, *kinds: type) -> str | None:
     """Why ``module`` must be called rather than read for its weights; None if it is plain."""
     if type(module) not in kinds:
         return f"it is a {type(module).__name__}"
-    if "forward" in module.__dict__:
+    state = module.__dict__
+    if "forward" in state:
         return "its forward is patched"
     if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
     ):
         return "it has hooks"
     if _has_any_global_hook():
         return "there are global module hooks"
-    for weight in module._parameters.values():
+    for weight in state["_parameters"].values():
         if weight is not None and not _is_plain(weight):
             return f"its weights are {type(weight).__name__}s"
     return None
@@ -402,17 +419,6 @@ def _why_attention_is_module(layer: FusedEncoderLayer) -> str | None:
     if attn.bias_k is not None or attn.add_zero_attn:
         return "it adds keys of its own"
     return None
-
-
-def _linear_without_bias(
-    linear: nn.Module, name: str, x: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """``linear(x)``: without its bias, which is returned, where the module is plain."""
-    reason = why_module(linear, nn.Linear, NonDynamicallyQuantizableLinear)
-    if reason is None:
-        return F.linear(x, linear.weight), linear.bias
-    dispatch.note(name, "module", {"fused": reason})
-    return linear(x), None
 
 
 def _overrides(layer: FusedEncoderLayer, method: str) -> bool:

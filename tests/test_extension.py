@@ -1,4 +1,4 @@
-"""The C++ extension decides exactly as ``fastattn.dropout`` defines, and its absence is explained."""
+"""The C++ extension decides exactly as ``fastattn.dropout`` does, and its absence is explained."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from fastattn import dropout, extension
 
-needs_extension = pytest.mark.skipif(
-    not extension.available(), reason=str(extension.why_not())
-)
+needs_extension = pytest.mark.skipif(not extension.available(), reason=str(extension.why_not()))
 
 DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SEEDS = (0, 1, 2**32 + 5, 2**62 + 987654321, 2**63 - 1)
@@ -133,9 +131,7 @@ def test_token_empty(grouping: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("column_offset", [1, 8, 63, 64, 100, 511, 513])
 @pytest.mark.parametrize("columns", [1, 63, 600])
 def test_token_column_offsets(grouping: int, columns: int, column_offset: int) -> None:
-    check_token(
-        (9, columns), grouping, dropout.TokenRows(None, 3), column_offset=column_offset
-    )
+    check_token((9, columns), grouping, dropout.TokenRows(None, 3), column_offset=column_offset)
 
 
 @needs_extension

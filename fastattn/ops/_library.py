@@ -84,17 +84,25 @@ def differentiable_gradients(
     return gradients
 
 
-def require(condition: bool, argument: str, expected: str, got: Any) -> None:
-    """Raise ValueError naming the argument unless ``condition``."""
-    if not condition:
-        raise ValueError(f"{argument} must be {expected}, but got {got}")
+def mismatch(argument: str, expected: str, got: Any) -> ValueError:
+    """The error for an argument that does not fit, to raise."""
+    if isinstance(got, torch.Size):
+        got = tuple(got)
+    return ValueError(f"{argument} must be {expected}, but got {got}")
+
+
+def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
+    """Raise unless ``vector`` is None or has one value for each column of ``input``."""
+    if vector is not None and vector.shape != input.shape[-1:]:
+        raise mismatch(name, f"of shape {tuple(input.shape[-1:])}", vector.shape)
 
 
 def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
     """Raise unless ``dropout_p`` is a probability, with a seed wherever something can drop."""
     from fastattn.dropout import check_seed
 
-    require(0.0 <= dropout_p <= 1.0, "dropout_p", "between 0 and 1", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise mismatch("dropout_p", "between 0 and 1", dropout_p)
     if seed is not None:
         check_seed(seed)
     elif dropout_p > 0.0:

@@ -17,8 +17,8 @@ from fastattn.ops._library import (
     check_dropout,
     define,
     differentiable_gradients,
+    mismatch,
     needs_composite,
-    require,
     wants_second_order,
 )
 from fastattn.ops.arguments import ATTENTION_ARGUMENTS, AttentionArguments
@@ -124,8 +124,8 @@ def attention_packed(
     Returns:
         (B, S, H, D) or (T, H, D), in the memory order (batch or sequence first) of ``qkv``.
     """
-    require(qkv.dim() in (4, 5), "qkv", "4-D (packed) or 5-D", f"{qkv.dim()}-D")
-    require(qkv.shape[-3] == 3, "qkv", "of size 3 in its third-last dimension", tuple(qkv.shape))
+    if qkv.dim() not in (4, 5) or qkv.shape[-3] != 3:
+        raise mismatch("qkv", "(B, S, 3, H, D) or packed (T, 3, H, D)", qkv.shape)
     (qkv,) = _autocast(qkv)
     arguments = AttentionArguments(
         key_padding_mask,
@@ -169,17 +169,15 @@ def _prepare(
 ) -> AttentionArguments:
     """Check every argument, give the mask four dimensions and choose the backend."""
     packed = arguments.cu_seqlens_q is not None
-    require(query.is_floating_point(), "query", "floating point", query.dtype)
-    require(query.dim() == (3 if packed else 4), "query", "(B, Sq, H, D) or packed", query.shape)
-    for name, x in (("key", key), ("value", value)):
-        require(x.dtype == query.dtype, name, f"of query's dtype {query.dtype}", x.dtype)
-        require(x.device == query.device, name, f"on query's device {query.device}", x.device)
-        require(x.dim() == query.dim(), name, f"{query.dim()}-D like query", f"{x.dim()}-D")
-        require(x.shape == key.shape, name, f"of key's shape {tuple(key.shape)}", tuple(x.shape))
-        expected = query.shape[-2:] if packed else (query.shape[0], *query.shape[-2:])
-        got = x.shape[-2:] if packed else (x.shape[0], *x.shape[-2:])
-        wanted = f"of query's batch, heads and head dim {tuple(expected)}"
-        require(tuple(got) == tuple(expected), name, wanted, tuple(got))
+    if not query.is_floating_point():
+        raise mismatch("query", "floating point", query.dtype)
+    if query.dim() != (3 if packed else 4):
+        raise mismatch("query", "(Tq, H, D)" if packed else "(B, Sq, H, D)", query.shape)
+    if op == "attention":
+        _check_like(query, "key", key, packed)
+        _check_like(query, "value", value, packed)
+        if key.shape != value.shape:
+            raise mismatch("value", f"of key's shape {tuple(key.shape)}", value.shape)
     check_dropout(arguments.dropout_p, arguments.seed)
     if packed:
         _check_packed(arguments)
@@ -189,42 +187,54 @@ def _prepare(
     return arguments._replace(backend=backend)
 
 
+def _check_like(query: Tensor, name: str, x: Tensor, packed: bool) -> None:
+    """Key and value agree with query in all but their length."""
+    if x.dtype != query.dtype:
+        raise mismatch(name, f"of query's dtype {query.dtype}", x.dtype)
+    if x.device != query.device:
+        raise mismatch(name, f"on query's device {query.device}", x.device)
+    same_batch = packed or x.shape[:1] == query.shape[:1]
+    if x.dim() != query.dim() or not same_batch or x.shape[-2:] != query.shape[-2:]:
+        got = tuple(x.shape)
+        raise mismatch(name, f"of query's shape {tuple(query.shape)} but for its length", got)
+
+
 def _check_packed(arguments: AttentionArguments) -> None:
     for name in ("key_padding_mask", "attn_mask", "key_lengths", "query_lengths"):
-        require(getattr(arguments, name) is None, name, "None where sequences are packed", "a mask")
+        if getattr(arguments, name) is not None:
+            raise mismatch(name, "None where sequences are packed", "a tensor")
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         seqlens = getattr(arguments, name)
-        require(seqlens is not None, name, "given where the other is", None)
-        is_vector = seqlens.dtype == torch.int32 and seqlens.dim() == 1 and seqlens.numel() > 0
-        require(is_vector, name, "1-D torch.int32", f"{seqlens.dim()}-D {seqlens.dtype}")
+        if seqlens is None:
+            raise mismatch(name, "given where the other is", None)
+        if seqlens.dtype != torch.int32 or seqlens.dim() != 1 or seqlens.numel() == 0:
+            raise mismatch(name, "(B + 1,) torch.int32", f"{tuple(seqlens.shape)} {seqlens.dtype}")
 
 
 def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> AttentionArguments:
     batch, seqlen_q, heads, _ = query.shape
     seqlen_k = key.shape[1]
-    require(arguments.cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens_q", "a tensor")
+    if arguments.cu_seqlens_k is not None:
+        raise mismatch("cu_seqlens_q", "given where cu_seqlens_k is", None)
     padding, mask = arguments.key_padding_mask, arguments.attn_mask
     for name, x in (("key_padding_mask", padding), ("attn_mask", mask)):
-        if x is not None:
-            usable = x.dtype == torch.bool or x.is_floating_point()
-            require(usable, name, "bool or floating point", x.dtype)
-    if padding is not None:
-        expected = (batch, seqlen_k)
-        require(padding.shape == expected, "key_padding_mask", f"{expected}", tuple(padding.shape))
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        expected = (batch, heads, seqlen_q, seqlen_k)
-        fits = mask.dim() == 4 and all(
-            got in (1, want) for got, want in zip(mask.shape, expected, strict=True)
-        )
-        require(fits, "attn_mask", f"broadcastable to {expected}", tuple(mask.shape))
+        if x is not None and x.dtype != torch.bool and not x.is_floating_point():
+            raise mismatch(name, "bool or floating point", x.dtype)
+    if padding is not None and padding.shape != (batch, seqlen_k):
+        raise mismatch("key_padding_mask", f"of shape {(batch, seqlen_k)}", padding.shape)
     for name in ("key_lengths", "query_lengths"):
         lengths = getattr(arguments, name)
-        if lengths is not None:
-            fits = lengths.shape == (batch,) and lengths.dtype == torch.int32
+        if lengths is not None and (lengths.shape != (batch,) or lengths.dtype != torch.int32):
             got = f"{tuple(lengths.shape)} {lengths.dtype}"
-            require(fits, name, f"({batch},) torch.int32", got)
-    return arguments._replace(attn_mask=mask)
+            raise mismatch(name, f"({batch},) torch.int32", got)
+    if mask is None:
+        return arguments
+    expected = (batch, heads, seqlen_q, seqlen_k)
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    fits = len(sizes) == 4 and all(a in (1, b) for a, b in zip(sizes, expected, strict=True))
+    if not fits:
+        raise mismatch("attn_mask", f"broadcastable to {expected}", mask.shape)
+    return arguments._replace(attn_mask=mask.reshape(sizes))
 
 
 def _wants_composite(arguments: AttentionArguments, *tensors: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, dropout, extension
-from fastattn.ops._library import TOKEN_DROPOUT, define, require
+from fastattn.ops._library import TOKEN_DROPOUT, define, mismatch
 
 ACTIVATION, RESIDUAL = 0, 1  # groupings of token-wise sites
 
@@ -82,10 +82,11 @@ def token_dropout(
     """
     if row_index is not None:
         rows = (input.shape[:-1].numel(),)
-        fits = row_index.dtype == torch.int32 and row_index.shape == rows
-        got = f"{tuple(row_index.shape)} {row_index.dtype}"
-        require(fits, "row_index", f"{rows} torch.int32", got)
-        require(row_period is not None, "row_period", "given with row_index", None)
+        if row_index.dtype != torch.int32 or row_index.shape != rows:
+            got = f"{tuple(row_index.shape)} {row_index.dtype}"
+            raise mismatch("row_index", f"{rows} torch.int32", got)
+        if row_period is None:
+            raise mismatch("row_period", "given with row_index", None)
     if row_period is None:
         batched = input.dim() > 2
         row_period = input.shape[-2] if batched or (batch_first and input.dim() == 2) else 1

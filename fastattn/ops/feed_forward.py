@@ -15,10 +15,11 @@ from fastattn.ops._library import (
     TOKEN_DROPOUT,
     autocast_dtype,
     check_dropout,
+    check_vector,
     define,
     differentiable_gradients,
+    mismatch,
     needs_composite,
-    require,
     wants_second_order,
 )
 from fastattn.ops.dropout import TokenDropout, token_dropout
@@ -82,6 +83,8 @@ def feed_forward(
     backend = dispatch.choose("feed_forward", input, backend, activation=activation)
     if needs_composite(*tensors):
         return fallback.feed_forward_composite(*tensors, activation, dropout)
+    if backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled():
+        return fallback.feed_forward_forward(*tensors, activation, dropout, "input")[0]
     return _FeedForward.apply(*tensors, activation, *dropout, save, backend)
 
 
@@ -111,26 +114,23 @@ def bias_activation_dropout(
         The shape of ``input``, in the promoted dtype of ``input`` and ``bias``.
     """
     _check_activation(activation)
-    require(input.dim() >= 1, "input", "at least 1-D", "0-D")
-    _check_vector("bias", bias, input.shape[-1])
+    if input.dim() < 1 or not input.is_floating_point():
+        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_vector("bias", bias, input)
     check_dropout(dropout_p, seed)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
     backend = dispatch.choose("bias_activation_dropout", input, backend, activation=activation)
-    if needs_composite(input, bias):
+    if needs_composite(input, bias) or (backend == "pytorch" and not dropout.drops):
         return fallback.bias_activation_dropout_composite(input, bias, activation, dropout)
     return _BiasActivationDropout.apply(input, bias, activation, *dropout, backend)
 
 
 def _check_activation(activation: str) -> None:
-    names = fallback.activation_names()
-    require(activation in names, "activation", f"one of {names}", repr(activation))
-
-
-def _check_vector(name: str, vector: Tensor | None, size: int) -> None:
-    if vector is not None:
-        require(vector.shape == (size,), name, f"of shape ({size},)", tuple(vector.shape))
+    if activation not in fallback.ACTIVATIONS:
+        names = ", ".join(fallback.ACTIVATIONS)
+        raise mismatch("activation", f"one of {names}", repr(activation))
 
 
 def _check_feed_forward(
@@ -143,21 +143,21 @@ def _check_feed_forward(
     save: str,
 ) -> None:
     _check_activation(activation)
-    require(save in SAVE_LEVELS, "save", f"one of {SAVE_LEVELS}", repr(save))
-    require(input.dim() >= 1, "input", "at least 1-D", "0-D")
-    require(input.is_floating_point(), "input", "floating point", input.dtype)
-    for name, x in (("weight1", weight1), ("weight2", weight2), ("bias1", bias1), ("bias2", bias2)):
-        if x is not None:
-            require(x.dtype == input.dtype, name, f"of input's dtype {input.dtype}", x.dtype)
-            require(x.device == input.device, name, f"on input's device {input.device}", x.device)
-    for name, weight, size in (
-        ("weight1", weight1, input.shape[-1]),
-        ("weight2", weight2, weight1.shape[0]),
-    ):
-        fits = weight.dim() == 2 and weight.shape[1] == size
-        require(fits, name, f"of shape (out, {size})", tuple(weight.shape))
-    _check_vector("bias1", bias1, weight1.shape[0])
-    _check_vector("bias2", bias2, weight2.shape[0])
+    if save not in SAVE_LEVELS:
+        raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
+    if input.dim() < 1 or not input.is_floating_point():
+        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    dtype, device = input.dtype, input.device
+    for name, x in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
+        if x is not None and (x.dtype != dtype or x.device != device):
+            raise mismatch(name, f"like input {dtype} on {device}", f"{x.dtype} on {x.device}")
+    if weight1.dim() != 2 or weight1.shape[1:] != input.shape[-1:]:
+        raise mismatch("weight1", f"of shape (d_ff, {input.shape[-1]})", weight1.shape)
+    if weight2.dim() != 2 or weight2.shape[1:] != weight1.shape[:1]:
+        raise mismatch("weight2", f"of shape (d_out, {weight1.shape[0]})", weight2.shape)
+    check_vector("bias1", bias1, weight2)
+    if bias2 is not None and bias2.shape != weight2.shape[:1]:
+        raise mismatch("bias2", f"of shape {tuple(weight2.shape[:1])}", bias2.shape)
 
 
 # --------------------------------------------------------------------- why not, per backend

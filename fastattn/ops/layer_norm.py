@@ -12,10 +12,11 @@ from fastattn import dispatch, fallback
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
     check_dropout,
+    check_vector,
     define,
     differentiable_gradients,
+    mismatch,
     needs_composite,
-    require,
     wants_second_order,
 )
 from fastattn.ops.arguments import NormArguments
@@ -52,7 +53,7 @@ def layer_norm(
     _check_norm(input, weight, bias)
     backend = dispatch.choose("layer_norm", input, backend)
     arguments = NormArguments(weight, bias, eps, out_dtype or _norm_dtype(input.dtype, input))
-    if needs_composite(input, weight, bias):
+    if backend == "pytorch" or needs_composite(input, weight, bias):
         return fallback.layer_norm_composite(input, weight, bias, arguments)
     return _LayerNorm.apply(input, *arguments, backend)
 
@@ -107,13 +108,15 @@ def dropout_add_layer_norm(
     """
     _check_norm(input, weight, bias)
     _check_branch(input, residual, input_bias)
-    require(save in SAVE_LEVELS, "save", f"one of {SAVE_LEVELS}", repr(save))
+    if save not in SAVE_LEVELS:
+        raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
     check_dropout(dropout_p, seed)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add_layer_norm", input, backend)
     sum_dtype = fallback.sum_dtype(input, residual)
     arguments = NormArguments(weight, bias, eps, out_dtype or _norm_dtype(sum_dtype, input))
-    if needs_composite(input, input_bias, residual, weight, bias):
+    plain = backend == "pytorch" and not dropout.drops
+    if plain or needs_composite(input, input_bias, residual, weight, bias):
         total = fallback.dropout_add_composite(input, input_bias, residual, dropout)
         out = fallback.layer_norm_composite(total, weight, bias, arguments)
         copy = None if copy_dtype is None else out.to(copy_dtype)
@@ -149,7 +152,8 @@ def dropout_add(
     check_dropout(dropout_p, seed)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add", input, backend)
-    if needs_composite(input, input_bias, residual):
+    plain = backend == "pytorch" and not dropout.drops
+    if plain or needs_composite(input, input_bias, residual):
         return fallback.dropout_add_composite(input, input_bias, residual, dropout)
     return _DropoutAdd.apply(input, input_bias, residual, *dropout, backend)
 
@@ -162,27 +166,18 @@ def _norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
 
 
 def _check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    require(input.dim() >= 1, "input", "at least 1-D", "0-D")
-    require(input.is_floating_point(), "input", "floating point", input.dtype)
-    for name, x in (("weight", weight), ("bias", bias)):
-        _check_vector(name, x, input)
+    if input.dim() < 1 or not input.is_floating_point():
+        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_vector("weight", weight, input)
+    check_vector("bias", bias, input)
 
 
 def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | None) -> None:
-    require(input.dim() >= 1, "input", "at least 1-D", "0-D")
-    require(input.is_floating_point(), "input", "floating point", input.dtype)
-    _check_vector("input_bias", input_bias, input)
-    if residual is not None:
-        fits = residual.shape == input.shape
-        expected = f"of input's shape {tuple(input.shape)}"
-        require(fits, "residual", expected, tuple(residual.shape))
-
-
-def _check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
-    if vector is not None:
-        size = input.shape[-1]
-        require(vector.shape == (size,), name, f"of shape ({size},)", tuple(vector.shape))
-        require(vector.device == input.device, name, f"on {input.device}", vector.device)
+    if input.dim() < 1 or not input.is_floating_point():
+        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_vector("input_bias", input_bias, input)
+    if residual is not None and residual.shape != input.shape:
+        raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
 
 
 # --------------------------------------------------------------------- why not, per backend

@@ -1,0 +1,30 @@
+"""Shared fixtures. ``reference`` and other helpers are imported from this folder by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU; none here")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def contract_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw seeds of the contract, also where the C++ extension is not built."""
+    from fastattn import dropout
+
+    def draw_seed(device: torch.device) -> torch.Tensor:
+        return torch.randint(2**63 - 1, (1,), device=device)
+
+    monkeypatch.setattr(dropout, "draw_seed", draw_seed)
