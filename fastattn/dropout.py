@@ -3,7 +3,8 @@
 Every backend reproduces these decisions bit for bit, so a run on one device can be replayed on
 another and no kernel stores a mask. This file is the definition, in readable int64 PyTorch;
 ``docs/dropout.md`` states it in words. The random numbers are Philox4x32 (Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", SC 2011) with seven rounds, the fewest that pass BigCrush there.
+random numbers: as easy as 1, 2, 3", SC 2011) with seven rounds, the fewest that pass BigCrush
+there.
 
 One Philox call yields four 32-bit words, cut into eight 14-bit *lanes*, and each lane decides one
 element: kept if and only if ``lane >= round(p * 16384)``. Lane ``w`` is the low 14 bits of half
@@ -111,11 +112,14 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
-def _lanes(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """(8, *groups): the eight lanes of every counter."""
+def _decide(
+    seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor], dropout_p: float
+) -> Tensor:
+    """(8, *groups) bool: whether each of the eight lanes of every counter is kept."""
     words = torch.broadcast_tensors(*philox(seed.reshape(()), counter))
-    halves = [half for word in words for half in (word & _LANE, (word >> 16) & _LANE)]
-    return torch.stack(halves)
+    least = threshold(dropout_p)
+    lanes = [half >= least for word in words for half in (word & _LANE, (word >> 16) & _LANE)]
+    return torch.stack(lanes)
 
 
 # ------------------------------------------------------------------------------- kinds of site
@@ -147,12 +151,12 @@ def attention_decisions(
     column_group = torch.arange(blocks_k * 4, device=device)
     sequence = torch.arange(batch, device=device)[:, None, None, None]
     head = torch.arange(heads, device=device)[:, None, None] + head_offset
-    lanes = _lanes(seed, (row_group, column_group, sequence, site * 65536 + head))
-    # lane axes (m // 8 % 2, n // 8 % 2, n % 2); group axes (B, H, m // 16, m % 8, n // 16, n % 8 // 2)
-    lanes = lanes.reshape(2, 2, 2, batch, heads, blocks_q, 8, blocks_k, 4)
-    lanes = lanes.permute(3, 4, 5, 0, 6, 7, 1, 8, 2)
-    lanes = lanes.reshape(batch, heads, blocks_q * 16, blocks_k * 16)
-    return lanes[:, :, :seqlen_q, :seqlen_k] >= threshold(dropout_p)
+    kept = _decide(seed, (row_group, column_group, sequence, site * 65536 + head), dropout_p)
+    # [m // 8 % 2, n // 8 % 2, n % 2] of a call, [B, H, m // 16, m % 8, n // 16, n % 8 // 2] of calls
+    kept = kept.reshape(2, 2, 2, batch, heads, blocks_q, 8, blocks_k, 4)
+    kept = kept.permute(3, 4, 5, 0, 6, 7, 1, 8, 2)
+    kept = kept.reshape(batch, heads, blocks_q * 16, blocks_k * 16)
+    return kept[:, :, :seqlen_q, :seqlen_k]
 
 
 def activation_decisions(
@@ -179,9 +183,9 @@ def activation_decisions(
     position, sequence = rows.coordinates(shape[0], seed.device)
     first, last = column_offset // 64, -(-(column_offset + shape[1]) // 64)
     column_group = torch.arange(first * 8, last * 8, device=seed.device)
-    lanes = _token_lanes(seed, site, position, sequence, column_group)
-    lanes = lanes.reshape(8, shape[0], last - first, 8).permute(1, 2, 0, 3)
-    return _columns(lanes, shape, column_offset - first * 64) >= threshold(dropout_p)
+    kept = _decide_tokens(seed, site, dropout_p, position, sequence, column_group)
+    kept = kept.reshape(8, shape[0], last - first, 8).permute(1, 2, 0, 3)
+    return _columns(kept, shape, column_offset - first * 64)
 
 
 def residual_decisions(
@@ -199,29 +203,34 @@ def residual_decisions(
     position, sequence = rows.coordinates(shape[0], seed.device)
     first, last = column_offset // 8, -(-(column_offset + shape[1]) // 8)
     column_group = torch.arange(first, last, device=seed.device)
-    lanes = _token_lanes(seed, site, position, sequence, column_group).permute(1, 2, 0)
-    return _columns(lanes, shape, column_offset - first * 8) >= threshold(dropout_p)
+    kept = _decide_tokens(seed, site, dropout_p, position, sequence, column_group)
+    return _columns(kept.permute(1, 2, 0), shape, column_offset - first * 8)
 
 
-def _token_lanes(
-    seed: Tensor, site: int, position: Tensor, sequence: Tensor, column_group: Tensor
+def _decide_tokens(
+    seed: Tensor,
+    site: int,
+    dropout_p: float,
+    position: Tensor,
+    sequence: Tensor,
+    column_group: Tensor,
 ) -> Tensor:
-    """(8, rows, column groups)"""
+    """(8, rows, column groups) bool"""
     site_word = torch.full((), site * 65536, device=seed.device)
-    return _lanes(seed, (position[:, None], column_group, sequence[:, None], site_word))
+    counter = (position[:, None], column_group, sequence[:, None], site_word)
+    return _decide(seed, counter, dropout_p)
 
 
-def _columns(lanes: Tensor, shape: tuple[int, int], skip: int) -> Tensor:
+def _columns(kept: Tensor, shape: tuple[int, int], skip: int) -> Tensor:
     rows, columns = shape
-    padded = lanes.shape[1:].numel()
-    return lanes.reshape(rows, padded)[:, skip : skip + columns]
+    return kept.reshape(rows, kept.shape[1:].numel())[:, skip : skip + columns]
 
 
 # ----------------------------------------------------------------------------------------- seeds
 
 
 def check_seed(seed: Tensor) -> Tensor:
-    """Raise unless ``seed`` is one int64 in a tensor (a Python integer would be frozen into a graph)."""
+    """Raise unless ``seed`` is one int64 in a tensor (a graph would freeze a Python integer)."""
     if not isinstance(seed, Tensor):
         raise TypeError(
             f"seed must be a torch.int64 tensor of one element, not {type(seed).__name__}"

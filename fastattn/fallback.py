@@ -1,7 +1,7 @@
 """The ops in plain PyTorch: the ``pytorch`` backend, and the composites autograd can see through.
 
-``*_forward`` and ``*_backward`` run inside the ops, out of autograd's sight, and work in place where
-they can. ``*_composite`` computes the same function (with the same dropout decisions) from
+``*_forward`` and ``*_backward`` run inside the ops, out of autograd's sight, and work in place
+where they can. ``*_composite`` computes the same function (with the same dropout decisions) from
 differentiable operations, for ``torch.func``, forward-mode AD and second derivatives.
 """
 
@@ -104,7 +104,7 @@ def attention_composite(
     attn_mask: Tensor | None,
     arguments: AttentionArguments,
 ) -> Tensor:
-    """Differentiable attention: torch's SDPA where nothing drops, explicit probabilities otherwise."""
+    """Differentiable attention: torch's SDPA where nothing drops, else explicit probabilities."""
     arguments = arguments._replace(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     if arguments.cu_seqlens_q is not None:
         padded, dense = _padded_arguments(query, key, value, arguments)

@@ -14,8 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import dispatch, dropout, masks
 from fastattn.ops.attention import attention_packed
+from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
-from fastattn.ops.layer_norm import dropout_add, dropout_add_layer_norm, layer_norm
+from fastattn.ops.layer_norm import layer_norm
 
 __all__ = ["FusedEncoderLayer"]
 
@@ -156,7 +157,9 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             return self._forward_padded(sequences, lengths, src, seed)
         longest = max(lengths, default=0)
         device = src.device
-        row_index = [torch.arange(n, dtype=torch.int32) + i * longest for i, n in enumerate(lengths)]
+        row_index = [
+            torch.arange(n, dtype=torch.int32) + i * longest for i, n in enumerate(lengths)
+        ]
         layout = Layout(
             batch_first=True,
             row_index=torch.cat(row_index).to(device),
@@ -257,7 +260,7 @@ class _Call:
     def _attention_module(self, x: Tensor) -> Tensor:
         layer = self.layer
         src_mask, padding, is_causal = self.given
-        # Distinct objects keep torch out of its inference fast path, which gives NaN to masked rows.
+        # Distinct objects keep torch out of its inference fast path: NaN where a row is masked.
         key = x if layer.training else x.view_as(x)
         return layer.self_attn(
             x,
@@ -380,7 +383,7 @@ class _Call:
         return dropout.site_of(self.layer.layer_index, kind)
 
 
-# ------------------------------------------------------------------- what may be fused, and what not
+# ------------------------------------------------------------------------------ what may be fused
 
 
 def why_module(module: nn.Module, *kinds: type) -> str | None:

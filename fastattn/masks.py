@@ -10,7 +10,8 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-from torch import Tensor, bool as torch_bool
+from torch import Tensor
+from torch import bool as torch_bool
 
 
 class Masks(NamedTuple):

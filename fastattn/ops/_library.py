@@ -14,7 +14,7 @@ from fastattn.dropout import functorch_active
 
 _library = torch.library.Library("fastattn", "DEF")
 
-#: How a token-wise op replays its dropout decisions (see :class:`fastattn.ops.dropout.TokenDropout`).
+#: The fields of :class:`fastattn.ops.dropout.TokenDropout`, as an op schema declares them.
 TOKEN_DROPOUT = (
     "float dropout_p, Tensor? seed, int site, "
     "Tensor? row_index, SymInt row_period, bool batch_first, SymInt column_offset"
@@ -72,7 +72,7 @@ def wants_second_order() -> bool:
 def differentiable_gradients(
     composite: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``composite(*inputs)`` that can be differentiated again, None where not needed."""
+    """Gradients of ``composite(*inputs)`` to differentiate again, None where not needed."""
     wanted = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
     output = composite(*inputs)
     found = torch.autograd.grad(
@@ -107,3 +107,32 @@ def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
         check_seed(seed)
     elif dropout_p > 0.0:
         raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")
+
+
+def remember(ctx: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> None:
+    """In an autograd Function's forward: save ``tensors``, and ``options`` with tensors among them.
+
+    What autograd saves it also frees and checks; a tensor kept on ``ctx`` would leak.
+    """
+    ctx.tensor_at = [i for i, option in enumerate(options) if isinstance(option, Tensor)]
+    ctx.options = [None if isinstance(option, Tensor) else option for option in options]
+    ctx.save_for_backward(*tensors, *(options[i] for i in ctx.tensor_at))
+
+
+def recall(ctx: Any) -> tuple[tuple[Tensor | None, ...], list[Any]]:
+    """In its backward: the tensors and options that :func:`remember` saved."""
+    saved, options = ctx.saved_tensors, list(ctx.options)
+    count = len(saved) - len(ctx.tensor_at)
+    for i, tensor in zip(ctx.tensor_at, saved[count:], strict=True):
+        options[i] = tensor
+    return saved[:count], options
+
+
+def wanted_only(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of an op (empty tensors where not wanted) as autograd takes them."""
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+def column_sum(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias: the sum over all rows of (..., N)."""
+    return rows.reshape(-1, rows.shape[-1]).sum(0).to(dtype)

@@ -50,3 +50,7 @@ class NormArguments(NamedTuple):
     bias: Tensor | None  # (N,)
     eps: float
     out_dtype: torch.dtype
+
+
+#: The same, as an op schema declares them.
+NORM_ARGUMENTS = "Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype"

@@ -19,6 +19,9 @@ from fastattn.ops._library import (
     differentiable_gradients,
     mismatch,
     needs_composite,
+    recall,
+    remember,
+    wanted_only,
     wants_second_order,
 )
 from fastattn.ops.arguments import ATTENTION_ARGUMENTS, AttentionArguments
@@ -292,8 +295,7 @@ def _backward(
         (grad_key_padding_mask, grad_attn_mask),
     )
     dense = (
-        fallback.like_query(x).copy_(g)
-        for x, g in zip((query, key, value), grads[:3], strict=True)
+        fallback.like_query(x).copy_(g) for x, g in zip((query, key, value), grads[:3], strict=True)
     )
     return *dense, *(query.new_empty(0) if g is None else g for g in grads[3:])
 
@@ -381,73 +383,48 @@ _packed_backward_op = define(
 # ------------------------------------------------------------------------ autograd Function
 
 
-def _remember(ctx: Any, tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> None:
-    """Save the tensors among ``options`` as tensors, so that nothing leaks, and the rest as is."""
-    ctx.tensor_at = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
-    ctx.options = tuple(None if isinstance(x, Tensor) else x for x in options)
-    ctx.save_for_backward(*tensors, *(options[i] for i in ctx.tensor_at))
+def _second_order(inputs: tuple[Tensor | None, ...], packed: bool, options: list, grad: Tensor):
+    """Differentiable gradients of (query, key, value) or (qkv,), and of the two masks."""
+    arguments = AttentionArguments(*options)
 
+    def composite(*x: Tensor | None) -> Tensor:
+        tensors = x[0].unbind(-3) if packed else x[:3]
+        return fallback.attention_composite(*tensors, *x[-2:], arguments)
 
-def _recall(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], AttentionArguments]:
-    saved = ctx.saved_tensors
-    options = list(ctx.options)
-    for i, tensor in zip(ctx.tensor_at, saved[count:], strict=True):
-        options[i] = tensor
-    return saved[:count], AttentionArguments(*options)
-
-
-def _mask_gradients(ctx: Any, first: int, d_padding: Tensor, d_mask: Tensor) -> tuple[Any, ...]:
-    """Gradients of everything in ``options``, whose first two are the masks."""
-    masks = (d_padding, d_mask)
-    wanted = ctx.needs_input_grad[first : first + 2]
-    found = tuple(g if want else None for g, want in zip(masks, wanted, strict=True))
-    return found + (None,) * (len(ctx.options) - 2)
+    return differentiable_gradients(composite, inputs, grad)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         out, lse = _forward_op(query, key, value, *options)
-        _remember(ctx, (query, key, value, out, lse), options)
+        remember(ctx, (query, key, value, out, lse), options)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value, out, lse), arguments = _recall(ctx, 5)
+        (*inputs, out, lse), options = recall(ctx)
+        wanted = ctx.needs_input_grad[:5]
         if wants_second_order():
-            inputs = (query, key, value, *arguments[:2])
-            grads = differentiable_gradients(
-                lambda *x: fallback.attention_composite(*x, arguments), inputs, grad_out
-            )
-            return *grads, *(None,) * (len(ctx.options) - 2)
-        wanted = ctx.needs_input_grad[3:5]
-        *grads, d_padding, d_mask = _backward_op(
-            grad_out, query, key, value, out, lse, *wanted, *arguments
-        )
-        return *grads, *_mask_gradients(ctx, 3, d_padding, d_mask)
+            gradients = _second_order((*inputs, *options[:2]), False, options, grad_out)
+        else:
+            gradients = _backward_op(grad_out, *inputs, out, lse, *wanted[3:], *options)
+        return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)
 
 
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, *options: Any) -> Tensor:
         out, lse = _packed_forward_op(qkv, *options)
-        _remember(ctx, (qkv, out, lse), options)
+        remember(ctx, (qkv, out, lse), options)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv, out, lse), arguments = _recall(ctx, 3)
+        (qkv, out, lse), options = recall(ctx)
+        wanted = ctx.needs_input_grad[:3]
         if wants_second_order():
-            grads = differentiable_gradients(
-                lambda qkv, *masks: fallback.attention_composite(
-                    *qkv.unbind(-3), *masks, arguments
-                ),
-                (qkv, *arguments[:2]),
-                grad_out,
-            )
-            return *grads, *(None,) * (len(ctx.options) - 2)
-        wanted = ctx.needs_input_grad[1:3]
-        d_qkv, d_padding, d_mask = _packed_backward_op(
-            grad_out, qkv, out, lse, *wanted, *arguments
-        )
-        return d_qkv, *_mask_gradients(ctx, 1, d_padding, d_mask)
+            gradients = _second_order((qkv, *options[:2]), True, options, grad_out)
+        else:
+            gradients = _packed_backward_op(grad_out, qkv, out, lse, *wanted[1:], *options)
+        return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)

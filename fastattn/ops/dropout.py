@@ -90,9 +90,7 @@ def token_dropout(
     if row_period is None:
         batched = input.dim() > 2
         row_period = input.shape[-2] if batched or (batch_first and input.dim() == 2) else 1
-    return TokenDropout(
-        dropout_p, seed, site, row_index, row_period, batch_first, column_offset
-    )
+    return TokenDropout(dropout_p, seed, site, row_index, row_period, batch_first, column_offset)
 
 
 # --------------------------------------------------------------------- why not, per backend

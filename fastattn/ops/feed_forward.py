@@ -5,8 +5,6 @@ Backends: ``triton``, ``pytorch``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,14 @@ from fastattn.ops._library import (
     autocast_dtype,
     check_dropout,
     check_vector,
+    column_sum,
     define,
     differentiable_gradients,
     mismatch,
     needs_composite,
+    recall,
+    remember,
+    wanted_only,
     wants_second_order,
 )
 from fastattn.ops.dropout import TokenDropout, token_dropout
@@ -275,72 +277,49 @@ _middle_backward_op = define(
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight1, bias1, weight2, bias2, activation, *options):
-        out, hidden = _forward_op(input, weight1, bias1, weight2, bias2, activation, *options)
-        dropout = TokenDropout(*options[:-2])
-        ctx.save_for_backward(
-            input, weight1, bias1, weight2, bias2, hidden, dropout.seed, dropout.row_index
-        )
-        ctx.dropout = tuple(dropout._replace(seed=None, row_index=None))
-        ctx.plain = (activation, *options[-2:])
+    def forward(ctx, input, weight1, bias1, weight2, bias2, *options):
+        tensors = (input, weight1, bias1, weight2, bias2)
+        out, hidden = _forward_op(*tensors, *options)
+        remember(ctx, (*tensors, hidden), options)
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        input, weight1, bias1, weight2, bias2, hidden, seed, row_index = ctx.saved_tensors
-        dropout = TokenDropout(*ctx.dropout)._replace(seed=seed, row_index=row_index)
-        activation, save, backend = ctx.plain
-        rest = (None,) * (len(dropout) + 3)
+        (*inputs, hidden), options = recall(ctx)
+        wanted = list(ctx.needs_input_grad[:5])
         if wants_second_order():
-            inputs = (input, weight1, bias1, weight2, bias2)
+            activation, *dropout, _, _ = options
             gradients = differentiable_gradients(
-                lambda *x: fallback.feed_forward_composite(*x, activation, dropout),
+                lambda *x: fallback.feed_forward_composite(*x, activation, TokenDropout(*dropout)),
                 inputs,
                 grad_out,
             )
-            return *gradients, *rest
-        wanted = list(ctx.needs_input_grad[:5])
-        gradients = _backward_op(
-            grad_out,
-            input,
-            weight1,
-            bias1,
-            weight2,
-            hidden,
-            wanted,
-            activation,
-            *dropout,
-            save,
-            backend,
-        )
-        found = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-        return *found, *rest
+        else:
+            gradients = _backward_op(grad_out, *inputs[:4], hidden, wanted, *options)
+        return *wanted_only(gradients, wanted), *(None,) * len(options)
 
 
 class _BiasActivationDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, bias, activation, *options):
-        dropout = TokenDropout(*options[:-1])
-        ctx.save_for_backward(input, bias, dropout.seed, dropout.row_index)
-        ctx.dropout = tuple(dropout._replace(seed=None, row_index=None))
-        ctx.plain = (activation, options[-1])
-        return _middle_forward_op(input, bias, activation, *options)
+    def forward(ctx, input, bias, *options):
+        remember(ctx, (input, bias), options)
+        return _middle_forward_op(input, bias, *options)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        input, bias, seed, row_index = ctx.saved_tensors
-        dropout = TokenDropout(*ctx.dropout)._replace(seed=seed, row_index=row_index)
-        activation, backend = ctx.plain
-        rest = (None,) * (len(dropout) + 2)
+        (input, bias), options = recall(ctx)
+        wanted = ctx.needs_input_grad[:2]
         if wants_second_order():
+            activation, *dropout, _ = options
             gradients = differentiable_gradients(
-                lambda *x: fallback.bias_activation_dropout_composite(*x, activation, dropout),
+                lambda *x: fallback.bias_activation_dropout_composite(
+                    *x, activation, TokenDropout(*dropout)
+                ),
                 (input, bias),
                 grad_out,
             )
-            return *gradients, *rest
-        d_hidden = _middle_backward_op(grad_out, input, bias, activation, *dropout, backend)
-        d_bias = None
-        if ctx.needs_input_grad[1]:
-            d_bias = d_hidden.reshape(-1, d_hidden.shape[-1]).sum(0).to(bias.dtype)
-        return d_hidden.to(input.dtype), d_bias, *rest
+        else:
+            d_hidden = _middle_backward_op(grad_out, input, bias, *options)
+            d_bias = column_sum(d_hidden, bias.dtype) if wanted[1] else None
+            gradients = (d_hidden.to(input.dtype), d_bias)
+        return *wanted_only(gradients, wanted), *(None,) * len(options)

@@ -1,0 +1,350 @@
+"""The residual tail of a block: dropout and sum, with or without the layer norm after them.
+
+Backends: ``cuda``, ``cpu`` (C++), ``triton``, ``pytorch``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, fallback
+from fastattn.ops._library import (
+    TOKEN_DROPOUT,
+    check_dropout,
+    check_vector,
+    column_sum,
+    define,
+    mismatch,
+    needs_composite,
+    recall,
+    remember,
+    wanted_only,
+    wants_second_order,
+)
+from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
+from fastattn.ops.dropout import TokenDropout, token_dropout
+from fastattn.ops.layer_norm import check_norm, norm_dtype, norm_gradients, statistics_fake
+
+#: What dropout_add_layer_norm may keep for backward: the sum before normalisation.
+SAVE_LEVELS = ("sum",)
+
+
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 2,
+    row_index: Tensor | None = None,
+    row_period: int | None = None,
+    batch_first: bool = True,
+    out_dtype: torch.dtype | None = None,
+    copy_dtype: torch.dtype | None = None,
+    return_sum: bool = False,
+    save: str = "sum",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """LN(residual + dropout(input + input_bias)) over the last dimension.
+
+    Args:
+        input: (..., N), fp16, bf16, fp32 or fp64.
+        residual: shape of ``input``, or None for no residual.
+        weight, bias: (N,) or None: the affine map of the norm.
+        eps: added to the variance.
+        input_bias: (N,) or None: added to ``input`` before dropout.
+        dropout_p: probability of dropping an element, resolved to 1/16384.
+        seed: (1,) int64 on the same device (:func:`fastattn.dropout.draw_seed`).
+        site: number of the dropout site (:func:`fastattn.dropout.site_of`).
+        row_index, row_period, batch_first: the position and sequence of every row
+            (:class:`fastattn.dropout.TokenRows`); ``row_period`` is ``input.shape[-2]`` by default.
+        out_dtype: of the result; by default ``input`` and ``residual`` promoted, under CUDA
+            autocast fp32.
+        copy_dtype: also return the result in this dtype, for the next matrix product.
+        return_sum: also return the sum before normalisation (pre-norm layers).
+        save: what backward keeps; ``"sum"``.
+        backend: ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"pytorch"``; None chooses.
+
+    Returns:
+        The result; with ``return_sum`` or ``copy_dtype`` a tuple (result, sum, copy) of those
+        asked for.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    check_norm(input, weight, bias)
+    _check_branch(input, residual, input_bias)
+    if save not in SAVE_LEVELS:
+        raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
+    check_dropout(dropout_p, seed)
+    dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
+    backend = dispatch.choose("dropout_add_layer_norm", input, backend)
+    sum_dtype = fallback.sum_dtype(input, residual)
+    arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(sum_dtype, input))
+    plain = backend == "pytorch" and not dropout.drops
+    if plain or needs_composite(input, input_bias, residual, weight, bias):
+        total = fallback.dropout_add_composite(input, input_bias, residual, dropout)
+        out = fallback.layer_norm_composite(total, weight, bias, arguments)
+        copy = None if copy_dtype is None else out.to(copy_dtype)
+    else:
+        out, total, copy = _DropoutAddLayerNorm.apply(
+            input, input_bias, residual, *arguments, *dropout, copy_dtype, save, backend
+        )
+    results = (out, *((total,) if return_sum else ()), *(() if copy_dtype is None else (copy,)))
+    return results if len(results) > 1 else out
+
+
+def dropout_add(
+    input: Tensor,
+    residual: Tensor | None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 3,
+    row_index: Tensor | None = None,
+    row_period: int | None = None,
+    batch_first: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + dropout(input + input_bias): the tail of a pre-norm layer.
+
+    Arguments and errors are those of :func:`dropout_add_layer_norm`.
+
+    Returns:
+        The shape of ``input``, in the promoted dtype of ``input`` and ``residual``.
+    """
+    _check_branch(input, residual, input_bias)
+    check_dropout(dropout_p, seed)
+    dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
+    backend = dispatch.choose("dropout_add", input, backend)
+    plain = backend == "pytorch" and not dropout.drops
+    if plain or needs_composite(input, input_bias, residual):
+        return fallback.dropout_add_composite(input, input_bias, residual, dropout)
+    return _DropoutAdd.apply(input, input_bias, residual, *dropout, backend)
+
+
+def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | None) -> None:
+    if input.dim() < 1 or not input.is_floating_point():
+        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_vector("input_bias", input_bias, input)
+    if residual is not None and residual.shape != input.shape:
+        raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
+
+
+# --------------------------------------------------------------------- why not, per backend
+
+for _op in ("dropout_add_layer_norm", "dropout_add"):
+    dispatch.register(_op, "pytorch", fallback)
+
+
+# ------------------------------------------------------------- schema, fake, implementation
+
+
+def _fused_forward(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
+    *dropout, copy_dtype, save, backend = options
+    functions = dispatch.functions("dropout_add_layer_norm", backend)
+    total = functions.dropout_add_forward(input, input_bias, residual, TokenDropout(*dropout))
+    arguments = NormArguments(weight, bias, eps, out_dtype)
+    out, mean, rstd = functions.layer_norm_forward(total, arguments)
+    copy = out.new_empty(0) if copy_dtype is None else out.to(copy_dtype, copy=True)
+    return out, total, copy, mean, rstd
+
+
+def _fused_fake(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
+    copy_dtype = options[-3]
+    total = input.new_empty(input.shape, dtype=fallback.sum_dtype(input, residual))
+    out = total.new_empty(input.shape, dtype=out_dtype)
+    copy = out.new_empty(0) if copy_dtype is None else out.new_empty(out.shape, dtype=copy_dtype)
+    return out, total, copy, *statistics_fake(total)
+
+
+def _fused_backward(
+    grad_out, grad_sum, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, *options
+):
+    *dropout, save, backend, want = options
+    functions = dispatch.functions("dropout_add_layer_norm", backend)
+    norm = NormArguments(weight, bias, eps, out_dtype)
+    gradients = functions.dropout_add_layer_norm_backward(
+        grad_out, grad_sum, saved, mean, rstd, norm, input_dtype, TokenDropout(*dropout), want
+    )
+    return tuple(saved.new_empty(0) if g is None else g for g in gradients)
+
+
+def _fused_backward_fake(
+    grad_out, grad_sum, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, *options
+):
+    *dropout, _, _, want = options
+    want_branch, want_bias, want_weight, want_norm_bias = want
+    apart = want_branch and _branch_is_apart(TokenDropout(*dropout), input_dtype, saved)
+    none = saved.new_empty(0)
+    return (
+        saved.new_empty(saved.shape),
+        saved.new_empty(saved.shape, dtype=input_dtype) if apart else none,
+        saved.new_empty(saved.shape[-1:], dtype=mean.dtype) if want_bias else saved.new_empty(0),
+        weight.new_empty(weight.shape) if want_weight else saved.new_empty(0),
+        bias.new_empty(bias.shape) if want_norm_bias else saved.new_empty(0),
+    )
+
+
+def _dropout_add_forward(input, input_bias, residual, *options):
+    *dropout, backend = options
+    functions = dispatch.functions("dropout_add", backend)
+    return functions.dropout_add_forward(input, input_bias, residual, TokenDropout(*dropout))
+
+
+def _dropout_add_fake(input, input_bias, residual, *options):
+    return input.new_empty(input.shape, dtype=fallback.sum_dtype(input, residual))
+
+
+def _dropout_add_backward(grad, input_dtype, *options):
+    *dropout, backend = options
+    functions = dispatch.functions("dropout_add", backend)
+    return functions.dropout_add_backward(grad, input_dtype, TokenDropout(*dropout))
+
+
+_fused_forward_op = define(
+    "dropout_add_layer_norm_fwd(Tensor input, Tensor? input_bias, Tensor? residual, "
+    f"{NORM_ARGUMENTS}, {TOKEN_DROPOUT}, ScalarType? copy_dtype, str save, str backend) "
+    "-> (Tensor out, Tensor sum, Tensor copy, Tensor mean, Tensor rstd)",
+    _fused_forward,
+    _fused_fake,
+)
+_fused_backward_op = define(
+    "dropout_add_layer_norm_bwd(Tensor? grad_out, Tensor? grad_sum, Tensor saved, Tensor mean, "
+    f"Tensor rstd, {NORM_ARGUMENTS}, ScalarType input_dtype, {TOKEN_DROPOUT}, str save, "
+    "str backend, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fused_backward,
+    _fused_backward_fake,
+)
+_dropout_add_forward_op = define(
+    f"dropout_add_fwd(Tensor input, Tensor? input_bias, Tensor? residual, {TOKEN_DROPOUT}, "
+    "str backend) -> Tensor",
+    _dropout_add_forward,
+    _dropout_add_fake,
+)
+_dropout_add_backward_op = define(
+    f"dropout_add_bwd(Tensor grad, ScalarType input_dtype, {TOKEN_DROPOUT}, str backend) -> Tensor",
+    _dropout_add_backward,
+    lambda grad, input_dtype, *options: grad.new_empty(grad.shape, dtype=input_dtype),
+)
+
+
+# ------------------------------------------------------------------------ autograd Function
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    """The sum is an output even if unused: so it links second derivatives to the inputs."""
+
+    @staticmethod
+    def forward(ctx, input, input_bias, residual, weight, bias, *options):
+        out, total, copy, mean, rstd = _fused_forward_op(
+            input, input_bias, residual, weight, bias, *options
+        )
+        remember(ctx, (total, mean, rstd, weight, bias), options)
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
+        ctx.set_materialize_grads(False)
+        if options[-3] is None:
+            ctx.mark_non_differentiable(copy)
+        return out, total, copy
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_sum, grad_copy):
+        (total, mean, rstd, weight, bias), options = recall(ctx)
+        eps, out_dtype, *dropout, _, save, backend = options
+        input_dtype, bias_dtype, residual_dtype = ctx.dtypes
+        grad_out = _sum_of(grad_out, grad_copy, out_dtype)
+        wanted = ctx.needs_input_grad[:5]
+        rest = (None,) * len(options)
+        if wants_second_order():
+            norm = (weight, bias, eps, out_dtype)
+            d_sum, d_branch, d_input_bias, *d_affine = _second_order(
+                grad_out, grad_sum, total, norm, input_dtype, TokenDropout(*dropout)
+            )
+        else:
+            d_sum, d_branch, d_input_bias, *d_affine = _fused_backward_op(
+                grad_out,
+                grad_sum,
+                total,
+                mean,
+                rstd,
+                weight,
+                bias,
+                eps,
+                out_dtype,
+                input_dtype,
+                *dropout,
+                save,
+                backend,
+                [wanted[0], wanted[1], wanted[3], wanted[4]],
+            )
+            if not _branch_is_apart(TokenDropout(*dropout), input_dtype, total):
+                d_branch = d_sum
+        gradients = (
+            d_branch,
+            d_input_bias.to(bias_dtype) if wanted[1] else None,
+            d_sum.to(residual_dtype) if wanted[2] else None,
+            *d_affine,
+        )
+        return *wanted_only(gradients, wanted), *rest
+
+
+class _DropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, input_bias, residual, *options):
+        remember(ctx, (), options)
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
+        return _dropout_add_forward_op(input, input_bias, residual, *options)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        _, options = recall(ctx)
+        input_dtype, bias_dtype, residual_dtype = ctx.dtypes
+        wanted = ctx.needs_input_grad[:3]
+        d_input = d_bias = d_residual = None
+        if wanted[0] or wanted[1]:
+            if wants_second_order():
+                d_input = _drop_gradient(grad, input_dtype, TokenDropout(*options[:-1]))
+            else:
+                d_input = _dropout_add_backward_op(grad, input_dtype, *options)
+        if wanted[1]:
+            d_bias = column_sum(d_input, bias_dtype)
+        if wanted[2]:
+            d_residual = grad.to(residual_dtype)
+        return *wanted_only((d_input, d_bias, d_residual), wanted), *(None,) * len(options)
+
+
+def _branch_is_apart(dropout: TokenDropout, input_dtype: torch.dtype, total: Tensor) -> bool:
+    """Whether the branch's gradient differs from the sum's; an op's outputs may not alias."""
+    return dropout.drops or input_dtype != total.dtype
+
+
+def _sum_of(grad_out: Tensor | None, grad_copy: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if grad_copy is None:
+        return grad_out
+    grad_copy = grad_copy.to(dtype)
+    return grad_copy if grad_out is None else grad_out + grad_copy
+
+
+def _drop_gradient(grad: Tensor, dtype: torch.dtype, dropout: TokenDropout) -> Tensor:
+    """The (linear) backward of dropout in differentiable operations."""
+    return fallback.dropout_add_composite(grad, None, None, dropout).to(dtype)
+
+
+def _second_order(grad_out, grad_sum, total, norm, input_dtype, dropout):
+    """Differentiable gradients of the sum, the branch, its bias, and the norm's affine map."""
+    weight, bias, eps, out_dtype = norm
+    d_weight = d_bias = None
+    d_sum = grad_sum
+    if grad_out is not None:
+        inputs = [total, weight, bias]
+        d_sum, d_weight, d_bias = norm_gradients(inputs, eps, out_dtype, grad_out)
+        d_sum = d_sum if grad_sum is None else d_sum + grad_sum
+    d_branch = _drop_gradient(d_sum, input_dtype, dropout)
+    return d_sum, d_branch, column_sum(d_branch, d_branch.dtype), d_weight, d_bias
