@@ -152,7 +152,7 @@ def attention_decisions(
     sequence = torch.arange(batch, device=device)[:, None, None, None]
     head = torch.arange(heads, device=device)[:, None, None] + head_offset
     kept = _decide(seed, (row_group, column_group, sequence, site * 65536 + head), dropout_p)
-    # [m // 8 % 2, n // 8 % 2, n % 2] of a call, [B, H, m // 16, m % 8, n // 16, n % 8 // 2] of calls
+    # in a call [m // 8 % 2, n // 8 % 2, n % 2]; calls [B, H, m // 16, m % 8, n // 16, n % 8 // 2]
     kept = kept.reshape(2, 2, 2, batch, heads, blocks_q, 8, blocks_k, 4)
     kept = kept.permute(3, 4, 5, 0, 6, 7, 1, 8, 2)
     kept = kept.reshape(batch, heads, blocks_q * 16, blocks_k * 16)

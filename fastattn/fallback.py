@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn.ops.arguments import AttentionArguments, NormArguments
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
+from fastattn.packing import pack, unpack
 
 aten = torch.ops.aten
 
@@ -216,23 +217,6 @@ def like_query(query: Tensor) -> Tensor:
         batch, length = query.shape[:2]
         return query.new_empty(length, batch, *query.shape[2:]).transpose(0, 1)
     return query.new_empty(query.shape)
-
-
-def unpack(tokens: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
-    """Packed tokens (T, ...) as (B, length, ...), zero past each sequence's end."""
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    rows = starts[:, None] + torch.arange(length, device=tokens.device)
-    padded = tokens.new_zeros(1, *tokens.shape[1:])
-    tokens = torch.cat((tokens, padded))
-    rows = torch.where(rows < ends[:, None], rows, tokens.shape[0] - 1)
-    return tokens[rows]
-
-
-def pack(padded: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """(B, length, ...) as packed tokens (total, ...), the inverse of :func:`unpack`."""
-    token = torch.arange(total, device=padded.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    return padded[sequence, token - cu_seqlens[sequence]]
 
 
 def _padded_arguments(

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastattn import dispatch, dropout, masks
+from fastattn import dispatch, dropout, masks, packing
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
@@ -156,18 +156,15 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         if _why_attention_is_module(self) is not None:
             return self._forward_padded(sequences, lengths, src, seed)
         longest = max(lengths, default=0)
-        device = src.device
-        row_index = [
-            torch.arange(n, dtype=torch.int32) + i * longest for i, n in enumerate(lengths)
-        ]
+        tokens = torch.cat(sequences)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(src.device, torch.int32)
         layout = Layout(
             batch_first=True,
-            row_index=torch.cat(row_index).to(device),
+            row_index=packing.row_index(cu_seqlens, tokens.shape[0], longest),
             row_period=longest,
-            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+            cu_seqlens=cu_seqlens,
             max_seqlen=longest,
         )
-        tokens = torch.cat(sequences)
         out = _Call(self, layout, masks.Masks(), (None, None, False), seed).run(tokens)
         return _nested_like(src, out.split(lengths))
 

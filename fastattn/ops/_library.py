@@ -97,14 +97,16 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
         raise mismatch(name, f"of shape {tuple(input.shape[-1:])}", vector.shape)
 
 
-def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
-    """Raise unless ``dropout_p`` is a probability, with a seed wherever something can drop."""
+def check_dropout(dropout_p: float, seed: Tensor | None, input: Tensor) -> None:
+    """Raise unless ``dropout_p`` is a probability, with a seed where ``input`` is if it drops."""
     from fastattn.dropout import check_seed
 
     if not 0.0 <= dropout_p <= 1.0:
         raise mismatch("dropout_p", "between 0 and 1", dropout_p)
     if seed is not None:
         check_seed(seed)
+        if seed.device != input.device:
+            raise mismatch("seed", f"on {input.device}", seed.device)
     elif dropout_p > 0.0:
         raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")
 

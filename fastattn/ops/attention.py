@@ -181,7 +181,7 @@ def _prepare(
         _check_like(query, "value", value, packed)
         if key.shape != value.shape:
             raise mismatch("value", f"of key's shape {tuple(key.shape)}", value.shape)
-    check_dropout(arguments.dropout_p, arguments.seed)
+    check_dropout(arguments.dropout_p, arguments.seed, query)
     if packed:
         _check_packed(arguments)
     else:

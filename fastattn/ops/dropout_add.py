@@ -82,7 +82,7 @@ def dropout_add_layer_norm(
     _check_branch(input, residual, input_bias)
     if save not in SAVE_LEVELS:
         raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
-    check_dropout(dropout_p, seed)
+    check_dropout(dropout_p, seed, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add_layer_norm", input, backend)
     sum_dtype = fallback.sum_dtype(input, residual)
@@ -121,7 +121,7 @@ def dropout_add(
         The shape of ``input``, in the promoted dtype of ``input`` and ``residual``.
     """
     _check_branch(input, residual, input_bias)
-    check_dropout(dropout_p, seed)
+    check_dropout(dropout_p, seed, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add", input, backend)
     plain = backend == "pytorch" and not dropout.drops

@@ -78,7 +78,7 @@ def feed_forward(
         tensors = tuple(None if x is None else x.to(dtype) for x in tensors)
     input, weight1, bias1, weight2, bias2 = tensors
     _check_feed_forward(*tensors, activation, save)
-    check_dropout(dropout_p, seed)
+    check_dropout(dropout_p, seed, input)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
@@ -119,7 +119,7 @@ def bias_activation_dropout(
     if input.dim() < 1 or not input.is_floating_point():
         raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
     check_vector("bias", bias, input)
-    check_dropout(dropout_p, seed)
+    check_dropout(dropout_p, seed, input)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
