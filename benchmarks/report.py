@@ -57,7 +57,7 @@ def save(results: dict, folder: Path | None = None) -> tuple[Path, Path]:
     Each is written beside its place and renamed; an existing result gets a neighbour, `-2` and up.
     """
     environment = results["environment"]
-    folder = folder or RESULTS / device_slug(environment)
+    folder = RESULTS / device_slug(environment) if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{environment['date'][:10]}-{environment['commit'] or 'no-commit'}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
@@ -132,7 +132,7 @@ def print_tables(results: dict, console: Console) -> None:
             table.add_column(heading, no_wrap=True)
         for heading in FIGURES:
             table.add_column(heading, justify="right")
-        table.add_column("match, error x eager's")
+        table.add_column("match, x eager")
         for name, mode, rows in _by_mode(results):
             if name != case["name"]:
                 continue
@@ -164,8 +164,8 @@ def markdown(results: dict, source: str) -> str:
         f"Medians of {results['method']['rounds']} interleaved rounds in ms; speedups are medians "
         f"of per-round ratios with 95 % bootstrap intervals. From `{source}`.",
         "",
-        "| size | mode | stock | stock compiled | fastattn | fastattn compiled | fastattn / stock "
-        "| compiled / compiled | peak MB, stock → fastattn | saved MB, stock → fastattn |",
+        "| size | mode | stock | stock compiled | fastattn | fastattn compiled | speedup, eager "
+        "| speedup, compiled | peak MB, stock → fastattn | saved MB, stock → fastattn |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case, mode, rows in _by_mode(results):
@@ -213,6 +213,7 @@ def plot(results: dict, path: Path) -> None:
                 axis.bar(x, ratio["median"], 0.25, yerr=whisker, color=colour, capsize=2)
         axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(modes)), [mode.replace("+", "+\n") for mode in modes], fontsize=8)
+        axis.set_xlim(-0.6, len(modes) - 0.4)
         axis.set_xlabel("mode")
         axis.set_title(case)
     axes[0][0].set_ylabel("speedup over stock eager")

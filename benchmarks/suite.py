@@ -17,7 +17,7 @@ from .environment import environment
 
 FORMAT, VERSION = "fastattn-benchmark", 1
 WARM_UP_CALLS = 3
-ROUNDS = 15
+ROUNDS = 11
 OnStep = Callable[[str], None]
 
 

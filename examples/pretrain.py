@@ -347,10 +347,13 @@ def train(
 # --------------------------------------------------------------------------------- command line
 
 
-def natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+def whole(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low}, got {text!r}")
+        return int(text)
+
+    return convert
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
@@ -381,7 +384,7 @@ def command_line() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, natural = parser.add_argument, whole(1)
     add("--layer", choices=LAYERS, default="fused", help="kind of encoder layer")
     add("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 files instead of Python's text")
     add("--steps", type=natural, default=2000)
@@ -393,7 +396,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--d-ff", type=natural, default=512)
     add("--dropout", type=number(0, 1), default=0.1)
     add("--lr", type=number(0, math.inf), default=3e-3, help="learning rate after the warm-up")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole(0), default=0)
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -408,8 +411,9 @@ def read_corpus(options: argparse.Namespace) -> Corpus:
     except TextError as error:
         raise RunError(f"--text: {error}") from error
     if len(corpus.held_out.tokens) < options.seq_len:
+        name = ", ".join(map(str, options.text)) if options.text else "Python's own text"
         raise RunError(
-            f"--text: {', '.join(map(str, options.text or []))} is too short: "
+            f"--text: {name} is too short: "
             f"the tenth held out has {len(corpus.held_out.tokens)} bytes, "
             f"and --seq-len asks for {options.seq_len}"
         )
@@ -447,6 +451,8 @@ def main(arguments: list[str] | None = None, layer_class: LayerClass | None = No
     except RunError as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; --resume goes on from what {options.out} holds") from None
 
 
 if __name__ == "__main__":

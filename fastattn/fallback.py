@@ -31,8 +31,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """(B, Sq, H, D) output in memory order of ``query``; no statistics are kept (empty lse)."""
     if arguments.cu_seqlens_q is not None:
-        padded, arguments = _padded_arguments(query, key, value, arguments)
-        out, lse = attention_forward(*padded, arguments)
+        padded, dense = _padded_arguments(query, key, value, arguments)
+        out, lse = attention_forward(*padded, dense)
         return pack(out, arguments.cu_seqlens_q, query.shape[0]), lse
     q, k, v = (_heads_first(x) for x in (query, key, value))
     probabilities = _probabilities(q, k, arguments)

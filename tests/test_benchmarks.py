@@ -211,20 +211,29 @@ def test_a_lost_device_ends_the_run(monkeypatch, tmp_path, capsys, tiny_default)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_writes_results_beside_existing_ones(tmp_path, capsys, tiny_default):
-    for number in (1, 2):
-        assert main(["--device", "cpu", "--rounds", "2", "--out", str(tmp_path)]) == 0
-        files = sorted(path.name for path in tmp_path.iterdir())
-        assert len(files) == 2 * number, files
-        if number == 1:
-            before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    assert sum(name.endswith("-2.json") for name in files) == 1
-    assert sum(name.endswith("-2.png") for name in files) == 1
-    png = next(tmp_path.glob("*.png")).read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+def test_existing_results_are_left_alone(tmp_path, results):
+    first = report.save(results, tmp_path)
+    before = [path.read_bytes() for path in first]
+    second = report.save(results | {"rows": results["rows"][:2]}, tmp_path)
+    assert [path.name for path in second] == [f"{p.stem}-2{p.suffix}" for p in first]
+    assert [path.read_bytes() for path in first] == before
+    assert sorted(tmp_path.iterdir()) == sorted([*first, *second])
+
+
+def test_a_failing_plot_leaves_nothing_behind(tmp_path, results):
+    with pytest.raises(KeyError):
+        report.save(results | {"rows": [{"case": TINY.name}]}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_prints_tables_and_writes_results(tmp_path, capsys, tiny_default):
+    assert main(["--device", "cpu", "--rounds", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "CPU path" in printed and "training step" in printed
+    json_path, png_path = sorted(tmp_path.iterdir())
+    assert report.load(json_path)["method"]["rounds"] == 2
+    png = png_path.read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
 def test_table_prints_markdown_from_a_results_file(tmp_path, capsys, results):

@@ -1,6 +1,7 @@
 """examples/pretrain.py: it learns, resumes bit for bit, and refuses what it cannot use."""
 
 import csv
+import importlib
 import inspect
 import json
 import math
@@ -12,9 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-pytest.importorskip("safetensors")
-pretrain = pytest.importorskip("pretrain")
-text = pytest.importorskip("text")
+pretrain, text = map(importlib.import_module, ("pretrain", "text"))
 
 TINY = "--steps 50 --batch-size 4 --seq-len 32 --d-model 32 --heads 4 --layers 2 --d-ff 64".split()
 SMALL = "--batch-size 32 --seq-len 32 --d-model 64 --heads 4 --layers 2 --d-ff 256".split()
@@ -64,7 +63,7 @@ def test_stock_and_fused_curves_coincide_without_dropout(run):
         assert abs(fused.held_out_loss[step] - loss) <= 1e-5
 
 
-def test_fused_curve_with_dropout_equals_plain_replay_of_its_decisions(run):
+def test_fused_curve_with_dropout_equals_plain_replay_of_its_decisions(run, contract_seeds):
     from reference import ReplayEncoderLayer
 
     fused = run("--layer", "fused", "--dropout", 0.1, out="fused").history
@@ -248,6 +247,7 @@ def test_unusable_text_file(run, capsys, tmp_path, content, complaint):
         ("--dropout", "nan"),
         ("--lr", "-1"),
         ("--heads", "5"),
+        ("--seed", "-1"),
         ("--device", "abacus"),
     ],
 )
