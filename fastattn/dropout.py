@@ -282,4 +282,4 @@ def _mix(seed: int, site: int) -> int:
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._are_functorch_transforms_active()

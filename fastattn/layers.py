@@ -437,18 +437,13 @@ def _drops(layer: FusedEncoderLayer) -> bool:
     )
 
 
-_FUNCTIONS: dict[Callable, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-}
+_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The fused activation that computes the same as ``activation``, None if there is none."""
     if not isinstance(activation, nn.Module):
-        return _FUNCTIONS.get(activation)
+        return next((name for function, name in _FUNCTIONS if activation is function), None)
     if why_module(activation, nn.ReLU, nn.GELU, nn.SiLU, nn.Identity) is not None:
         return None
     if isinstance(activation, nn.GELU):

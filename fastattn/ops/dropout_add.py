@@ -94,7 +94,7 @@ def dropout_add_layer_norm(
         copy = None if copy_dtype is None else out.to(copy_dtype)
     else:
         out, total, copy = _DropoutAddLayerNorm.apply(
-            input, input_bias, residual, *arguments, *dropout, copy_dtype, save, backend
+            return_sum, input, input_bias, residual, *arguments, *dropout, copy_dtype, save, backend
         )
     results = (out, *((total,) if return_sum else ()), *(() if copy_dtype is None else (copy,)))
     return results if len(results) > 1 else out
@@ -243,12 +243,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     """The sum is an output even if unused: so it links second derivatives to the inputs."""
 
     @staticmethod
-    def forward(ctx, input, input_bias, residual, weight, bias, *options):
+    def forward(ctx, return_sum, input, input_bias, residual, weight, bias, *options):
         out, total, copy, mean, rstd = _fused_forward_op(
             input, input_bias, residual, weight, bias, *options
         )
         remember(ctx, (total, mean, rstd, weight, bias), options)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
+        ctx.return_sum = return_sum
         ctx.set_materialize_grads(False)
         if options[-3] is None:
             ctx.mark_non_differentiable(copy)
@@ -257,11 +258,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_sum, grad_copy):
         (total, mean, rstd, weight, bias), options = recall(ctx)
-        eps, out_dtype, *dropout, _, save, backend = options
+        eps, out_dtype, *dropout, copy_dtype, save, backend = options
         input_dtype, bias_dtype, residual_dtype = ctx.dtypes
-        grad_out = _sum_of(grad_out, grad_copy, out_dtype)
-        wanted = ctx.needs_input_grad[:5]
-        rest = (None,) * len(options)
+        if torch.compiler.is_compiling() and not ctx.return_sum:
+            grad_sum = None  # a compiler fills in zeros for outputs that nobody used
+        if copy_dtype is not None:
+            grad_out = _sum_of(grad_out, grad_copy, out_dtype)
+        wanted = ctx.needs_input_grad[1:6]
         if wants_second_order():
             norm = (weight, bias, eps, out_dtype)
             d_sum, d_branch, d_input_bias, *d_affine = _second_order(
@@ -292,7 +295,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             d_sum.to(residual_dtype) if wanted[2] else None,
             *d_affine,
         )
-        return *wanted_only(gradients, wanted), *rest
+        return None, *wanted_only(gradients, wanted), *(None,) * len(options)
 
 
 class _DropoutAdd(torch.autograd.Function):
