@@ -55,8 +55,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value (memory order of each), key padding mask, mask.
 
-    P is recomputed. With M the dropout multiplier: dV = (P M)^T dO, dP = M (dO V^T),
-    dS = P (dP - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
+    P is recomputed, and neither ``out`` nor ``lse`` is used. With M the dropout multiplier:
+    dV = (P M)^T dO, dP = M (dO V^T), dS = P (dP - rowsum(dP P)), dQ = scale dS K,
+    dK = scale dS^T Q.
     """
     if arguments.cu_seqlens_q is not None:
         padded, dense = _padded_arguments(query, key, value, arguments)
@@ -74,16 +75,15 @@ def attention_backward(
     q, k, v, d_out = (_heads_first(x) for x in (query, key, value, grad_out))
     probabilities = _probabilities(q, k, arguments)
     factor = arguments.dropout.factor(probabilities.shape, probabilities.dtype)
-    delta = (grad_out * out).sum(-1, dtype=probabilities.dtype).transpose(1, 2).unsqueeze(-1)
-    if arguments.query_lengths is not None:
-        delta.masked_fill_(~_valid(arguments.query_lengths, q.shape[2])[:, None, :, None], 0)
     d_scores = (d_out @ v.transpose(-1, -2)).to(probabilities.dtype)  # dP before dropout
     dropped = probabilities
     if factor is not None:
         d_scores.mul_(factor)
         dropped = factor.mul_(probabilities)
     d_value = dropped.to(v.dtype).transpose(-1, -2) @ d_out
-    d_scores.sub_(delta).mul_(probabilities)
+    aten._softmax_backward_data.out(
+        d_scores, probabilities, -1, d_scores.dtype, grad_input=d_scores
+    )
     d_padding = d_mask = None
     if grad_masks[0]:
         d_padding = d_scores.sum((1, 2)).to(arguments.key_padding_mask.dtype)
@@ -105,26 +105,45 @@ def attention_composite(
     attn_mask: Tensor | None,
     arguments: AttentionArguments,
 ) -> Tensor:
-    """Differentiable attention: torch's SDPA where nothing drops, else explicit probabilities."""
+    """Attention from explicit probabilities, differentiable in every mode and order."""
     arguments = arguments._replace(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     if arguments.cu_seqlens_q is not None:
         padded, dense = _padded_arguments(query, key, value, arguments)
         out = attention_composite(*padded, None, None, dense)
         return pack(out, arguments.cu_seqlens_q, query.shape[0])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    wide = accumulation_dtype(q.dtype)
+    bias, dead = _bias(arguments, wide, q.shape[2], k.shape[2], q.device)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * arguments.scale
+    if bias is not None:
+        scores = scores + bias
+    probabilities = torch.softmax(scores, -1)
+    factor = arguments.dropout.factor(scores.shape, scores.dtype)
+    if factor is not None:
+        probabilities = probabilities * factor
+    out = probabilities.to(v.dtype) @ v
+    if dead is not None:
+        out = out.masked_fill(dead, 0)
+    return out.transpose(1, 2)
+
+
+def attention_without_dropout(
+    query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
+) -> Tensor:
+    """torch's own scaled_dot_product_attention, with its own autograd; nothing may drop."""
+    if arguments.cu_seqlens_q is not None:
+        padded, dense = _padded_arguments(query, key, value, arguments)
+        out = attention_without_dropout(*padded, dense)
+        return pack(out, arguments.cu_seqlens_q, query.shape[0])
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    masks = (arguments.key_padding_mask, arguments.attn_mask, arguments.key_lengths)
+    causal_only = arguments.is_causal and all(mask is None for mask in masks)
+    if causal_only:
+        arguments = arguments._replace(is_causal=False)
     bias, dead = _bias(arguments, q.dtype, q.shape[2], k.shape[2], q.device)
-    if arguments.dropout.drops:
-        scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) * arguments.scale
-        if bias is not None:
-            scores = scores + bias
-        probabilities = torch.softmax(scores, -1)
-        probabilities = probabilities * arguments.dropout.factor(scores.shape, scores.dtype)
-        out = probabilities.to(v.dtype) @ v
-    else:
-        causal_only = arguments.is_causal and bias is None
-        out = F.scaled_dot_product_attention(
-            q, k, v, bias, is_causal=causal_only, scale=arguments.scale
-        )
+    out = F.scaled_dot_product_attention(
+        q, k, v, bias, is_causal=causal_only, scale=arguments.scale
+    )
     if dead is not None:
         out = out.masked_fill(dead, 0)
     return out.transpose(1, 2)
@@ -168,10 +187,10 @@ def _bias(
     seqlen_k: int,
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One additive bias without infinities, and the rows (…, Sq, 1) that have no key left.
+    """One additive bias, and the rows (…, Sq, 1) that have no key left, in which it is zero.
 
-    Without infinities no row of a softmax is 0 / 0, whatever SDPA kernel computes it. The bias
-    has a head dimension only where ``attn_mask`` has one.
+    So no row of a softmax is 0 / 0, whatever SDPA kernel computes it. The bias has a head
+    dimension only where ``attn_mask`` has one.
     """
     terms: list[Tensor] = []
     padding, mask = arguments.key_padding_mask, arguments.attn_mask
@@ -181,7 +200,7 @@ def _bias(
         terms.append(mask)
     if arguments.key_lengths is not None:
         terms.append(~_valid(arguments.key_lengths, seqlen_k)[:, None, None, :])
-    if arguments.is_causal and (terms or arguments.dropout.drops):
+    if arguments.is_causal:
         terms.append(_above_diagonal(seqlen_q, seqlen_k, device))
     bias = dead = None
     for term in terms:
@@ -190,7 +209,7 @@ def _bias(
         bias = term.to(dtype) if bias is None else bias + term.to(dtype)
     if bias is not None:
         dead = (bias == float("-inf")).all(-1, keepdim=True)
-        bias = bias.clamp(min=torch.finfo(dtype).min / 2)
+        bias = bias.masked_fill(dead, 0)
     if arguments.query_lengths is not None:
         invalid = ~_valid(arguments.query_lengths, seqlen_q)[:, None, :, None]
         dead = invalid if dead is None else dead | invalid

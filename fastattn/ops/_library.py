@@ -72,7 +72,12 @@ def wants_second_order() -> bool:
 def differentiable_gradients(
     composite: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``composite(*inputs)`` to differentiate again, None where not needed."""
+    """Gradients of ``composite(*inputs)`` to differentiate again, None where not needed.
+
+    They are partial derivatives even where one input is, or was computed from, another: each is
+    taken with respect to an alias, which leads back to its own input only.
+    """
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
     wanted = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
     output = composite(*inputs)
     found = torch.autograd.grad(

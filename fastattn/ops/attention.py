@@ -94,8 +94,10 @@ def attention(
         head_offset,
     )
     arguments = _prepare("attention", query, key, value, arguments, backend)
-    if _wants_composite(arguments, query, key, value):
-        return _composite(query, key, value, arguments)
+    if needs_composite(query, key, value, key_padding_mask, attn_mask):
+        return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
+    if _leaves_it_to_torch(arguments):
+        return fallback.attention_without_dropout(query, key, value, arguments)
     return _Attention.apply(query, key, value, *arguments)
 
 
@@ -148,8 +150,10 @@ def attention_packed(
     )
     query, key, value = qkv.unbind(-3)
     arguments = _prepare("attention_packed", query, key, value, arguments, backend)
-    if _wants_composite(arguments, qkv):
-        return _composite(query, key, value, arguments)
+    if needs_composite(qkv, key_padding_mask, attn_mask):
+        return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
+    if _leaves_it_to_torch(arguments):
+        return fallback.attention_without_dropout(query, key, value, arguments)
     return _AttentionPacked.apply(qkv, *arguments)
 
 
@@ -240,16 +244,9 @@ def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> A
     return arguments._replace(attn_mask=mask.reshape(sizes))
 
 
-def _wants_composite(arguments: AttentionArguments, *tensors: Tensor) -> bool:
+def _leaves_it_to_torch(arguments: AttentionArguments) -> bool:
     """torch's own SDPA, with its own autograd, is the ``pytorch`` backend where nothing drops."""
-    if arguments.backend == "pytorch" and not arguments.dropout.drops:
-        return True
-    return needs_composite(*tensors, arguments.key_padding_mask, arguments.attn_mask)
-
-
-def _composite(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
-    masks = (arguments.key_padding_mask, arguments.attn_mask)
-    return fallback.attention_composite(query, key, value, *masks, arguments)
+    return arguments.backend == "pytorch" and not arguments.dropout.drops
 
 
 # --------------------------------------------------------------------- why not, per backend

@@ -1,0 +1,81 @@
+"""A stock encoder layer and ours with equal weights, and how the two are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import FusedEncoderLayer
+
+WIDTH, HEADS, HIDDEN = 32, 4, 64
+
+
+def pair(
+    *,
+    width: int = WIDTH,
+    heads: int = HEADS,
+    hidden: int = HIDDEN,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    stock: type[nn.TransformerEncoderLayer] = nn.TransformerEncoderLayer,
+    fused: type[FusedEncoderLayer] = FusedEncoderLayer,
+    **options: Any,
+) -> tuple[nn.TransformerEncoderLayer, FusedEncoderLayer]:
+    """(stock, fused), batch-first unless asked otherwise, with no parameter at a special value."""
+    options = {"batch_first": True, **options}
+    layers = [
+        kind(width, heads, hidden, dropout, dtype=dtype, **options) for kind in (stock, fused)
+    ]
+    with torch.no_grad():
+        for parameter in layers[0].parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    layers[1].load_state_dict(layers[0].state_dict(), strict=True)
+    return layers[0], layers[1]
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> Tensor:
+    return torch.randn(*shape, width, dtype=dtype)
+
+
+def gradients(layer: nn.Module, src: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The output and the gradients of ``src``, of every parameter and of float masks that want one.
+
+    The cotangent is a fixed function of the output's shape.
+    """
+    layer.zero_grad(set_to_none=True)
+    leaf = src.detach().clone().requires_grad_()
+    masks = {
+        f"mask {i}": x.detach().clone().requires_grad_()
+        for i, x in enumerate(args)
+        if isinstance(x, Tensor) and x.requires_grad
+    }
+    args = [masks.get(f"mask {i}", x) for i, x in enumerate(args)]
+    out = layer(leaf, *args, **kwargs)
+    out.backward(cotangent(out))
+    found = {"output": out.detach(), "src": leaf.grad}
+    found |= {name: mask.grad for name, mask in masks.items()}
+    found |= {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return found
+
+
+def cotangent(out: Tensor) -> Tensor:
+    steps = torch.arange(out.numel(), dtype=torch.float64, device=out.device)
+    return torch.sin(steps).view(out.shape).to(out.dtype)
+
+
+def assert_equal_runs(
+    ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], tolerance: float = 1e-10
+) -> None:
+    """Same outputs and same gradients, and gradients for the same parameters."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        got = ours[name]
+        if expected is None:
+            assert got is None, f"{name} got a gradient"
+            continue
+        assert got is not None, f"{name} got no gradient"
+        torch.testing.assert_close(
+            got, expected, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
