@@ -21,7 +21,7 @@ residual       position, n // 8                            n % 8
 =============  ==========================================  ==============================
 
 with m the query position, n the key position or the feature column. Counter word 2 is the index of
-the sequence in the batch, word 3 is ``site * 65536 + head`` (head 0 where there are none), and the
+the sequence in the batch, word 3 is ``site * HEADS + head`` (head 0 where there are none), and the
 key is the 64-bit seed, low word first.
 """
 
@@ -42,6 +42,9 @@ PHILOX_ROUNDS = 7
 #: The four kinds of site in an encoder layer, in the order in which it reaches them.
 ATTENTION, ACTIVATION, RESIDUAL_1, RESIDUAL_2 = range(4)
 SITES_PER_LAYER = 4
+
+#: Numbers of heads, and of sites: they share counter word 3.
+HEADS = 1 << 16
 
 _WORD = 0xFFFFFFFF
 _LANE = RESOLUTION - 1
@@ -151,7 +154,7 @@ def attention_decisions(
     column_group = torch.arange(blocks_k * 4, device=device)
     sequence = torch.arange(batch, device=device)[:, None, None, None]
     head = torch.arange(heads, device=device)[:, None, None] + head_offset
-    kept = _decide(seed, (row_group, column_group, sequence, site * 65536 + head), dropout_p)
+    kept = _decide(seed, (row_group, column_group, sequence, site * HEADS + head), dropout_p)
     # in a call [m // 8 % 2, n // 8 % 2, n % 2]; calls [B, H, m // 16, m % 8, n // 16, n % 8 // 2]
     kept = kept.reshape(2, 2, 2, batch, heads, blocks_q, 8, blocks_k, 4)
     kept = kept.permute(3, 4, 5, 0, 6, 7, 1, 8, 2)
@@ -216,7 +219,7 @@ def _decide_tokens(
     column_group: Tensor,
 ) -> Tensor:
     """(8, rows, column groups) bool"""
-    site_word = torch.full((), site * 65536, device=seed.device)
+    site_word = torch.full((), site * HEADS, device=seed.device)
     counter = (position[:, None], column_group, sequence[:, None], site_word)
     return _decide(seed, counter, dropout_p)
 
@@ -226,7 +229,15 @@ def _columns(kept: Tensor, shape: tuple[int, int], skip: int) -> Tensor:
     return kept.reshape(rows, kept.shape[1:].numel())[:, skip : skip + columns]
 
 
-# ----------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------- seeds and sites
+
+
+def check_site(site: int) -> None:
+    """Raise unless ``site`` is an integer that fits its half of a counter word."""
+    if not isinstance(site, int):
+        raise TypeError(f"site must be an integer, not {type(site).__name__}")
+    if not 0 <= site < HEADS:
+        raise ValueError(f"site must be between 0 and {HEADS - 1}, but got {site}")
 
 
 def check_seed(seed: Tensor) -> Tensor:
@@ -254,7 +265,7 @@ def draw_seed(device: torch.device) -> Tensor:
     from fastattn import extension
 
     seed = torch.randint(2**63 - 1, (1,), device=device)
-    if device.type == "cpu" and not extension.available() and not functorch_active():
+    if device.type == "cpu" and not extension.available():
         return -1 - seed
     return seed
 
@@ -278,8 +289,3 @@ def _mix(seed: int, site: int) -> int:
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
     return (word ^ (word >> 31)) & _WORD
-
-
-def functorch_active() -> bool:
-    """Whether a ``torch.func`` transform is running."""
-    return torch._C._are_functorch_transforms_active()

@@ -146,14 +146,14 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool,
         seed: Tensor | None,
     ) -> Tensor:
-        """Sequences without padding: packed where attention is fused, else padded."""
+        """Sequences without padding: packed where both blocks are ours, else padded."""
         if src_mask is not None or src_key_padding_mask is not None or is_causal:
             raise RuntimeError(
                 "src_mask, src_key_padding_mask and is_causal are not supported with a nested src"
             )
         sequences = src.unbind()
         lengths = [sequence.shape[0] for sequence in sequences]
-        if _why_attention_is_module(self) is not None:
+        if _why_padded(self) is not None:
             return self._forward_padded(sequences, lengths, src, seed)
         longest = max(lengths, default=0)
         tokens = torch.cat(sequences)
@@ -207,13 +207,13 @@ class _Call:
         if self.seed is None and _drops(layer):
             self.seed = dropout.draw_seed(x.device)
         if layer.norm_first:
-            branch = self.attention(self.norm(layer.norm1, x))
-            x, normed = self.add_norm(branch, x, layer.norm2, dropout.RESIDUAL_1, "dropout1")
+            branch = self.attention(self.norm("norm1", x))
+            x, normed = self.add_norm(branch, x, "norm2", dropout.RESIDUAL_1, "dropout1")
             return self.add(self.feed_forward(normed), x, dropout.RESIDUAL_2, "dropout2")
         branch = self.attention(x)
-        _, x = self.add_norm(branch, x, layer.norm1, dropout.RESIDUAL_1, "dropout1")
+        _, x = self.add_norm(branch, x, "norm1", dropout.RESIDUAL_1, "dropout1")
         branch = self.feed_forward(x)
-        _, x = self.add_norm(branch, x, layer.norm2, dropout.RESIDUAL_2, "dropout2")
+        _, x = self.add_norm(branch, x, "norm2", dropout.RESIDUAL_2, "dropout2")
         return x
 
     # The two branches ----------------------------------------------------------------------
@@ -250,6 +250,7 @@ class _Call:
             seed=self.seed,
             site=self.site(dropout.ATTENTION),
         )
+        del qkv  # where nothing is saved for backward, the next product may have its memory
         out = out.transpose(0, 1) if sequence_first else out
         out = out.reshape(x.shape)
         return Branch(*self.last_linear(attn.out_proj, "self_attn.out_proj", out), layer.dropout1)
@@ -257,12 +258,10 @@ class _Call:
     def _attention_module(self, x: Tensor) -> Tensor:
         layer = self.layer
         src_mask, padding, is_causal = self.given
-        # Distinct objects keep torch out of its inference fast path: NaN where a row is masked.
-        key = x if layer.training else x.view_as(x)
         return layer.self_attn(
             x,
-            key,
-            key,
+            x,
+            x,
             attn_mask=_as_float(src_mask, x),
             key_padding_mask=_as_float(padding, x),
             need_weights=False,
@@ -274,13 +273,13 @@ class _Call:
         if _overrides(layer, "_ff_block"):
             dispatch.note("_ff_block", "module", {"fused": "the layer overrides it"})
             return Branch(layer._ff_block(x), None, None)
-        activation = activation_name(layer.activation)
+        activation, no_activation = fused_activation(layer.activation)
         linear1, linear2 = layer.linear1, layer.linear2
         reasons = {
             "linear1": why_module(linear1, nn.Linear),
             "dropout": why_module(layer.dropout, nn.Dropout),
             "linear2": why_module(linear2, nn.Linear),
-            "activation": None if activation else "no fused kernel for this activation",
+            "activation": no_activation,
         }
         p = layer.dropout.p if reasons["dropout"] is None and layer.dropout.training else 0.0
         options = {
@@ -294,21 +293,24 @@ class _Call:
             weights = (linear1.weight, linear1.bias, linear2.weight, bias2)
             out = feed_forward(x, *weights, activation=activation, **options)
             return Branch(out, deferred, layer.dropout2)
-        for part, reason in reasons.items():
-            if reason is not None:
-                dispatch.note(part, "module", {"fused": reason})
-        if activation and reasons["linear1"] is None:
+        for part in ("linear1", "activation", "dropout"):
+            if reasons[part] is not None:
+                dispatch.note(part, "module", {"fused": reasons[part]})
+        if activation and reasons["linear1"] is None and _is_plain(x):
             hidden, bias = F.linear(x, linear1.weight), linear1.bias
         else:
             hidden, bias = linear1(x), None
         if activation is None:
             hidden, activation = layer.activation(hidden), "identity"
-        if type(hidden) is Tensor or isinstance(hidden, FakeTensor):
+        if not _is_plain(hidden):  # such as a sharded linear's result
+            dispatch.note("dropout", "module", {"fused": f"its input is a {_kind(hidden)}"})
+            if activation != "identity":
+                hidden = layer.activation(hidden)
+            hidden = layer.dropout(hidden)
+        else:
             hidden = bias_activation_dropout(hidden, bias, activation=activation, **options)
             if reasons["dropout"] is not None:
                 hidden = layer.dropout(hidden)
-        else:
-            hidden = layer.dropout(layer.activation(linear1(x)))
         return Branch(*self.last_linear(linear2, "linear2", hidden), layer.dropout2)
 
     def last_linear(self, linear: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -328,23 +330,25 @@ class _Call:
 
     # What follows a branch -----------------------------------------------------------------
 
-    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        norm = getattr(self.layer, name)
         reason = why_module(norm, nn.LayerNorm)
         if reason is None:
             return layer_norm(x, norm.weight, norm.bias, norm.eps)
-        dispatch.note("norm", "module", {"fused": reason})
+        dispatch.note(name, "module", {"fused": reason})
         return norm(x)
 
     def add_norm(
-        self, branch: Branch, residual: Tensor, norm: nn.Module, kind: int, name: str
+        self, branch: Branch, residual: Tensor, norm_name: str, kind: int, dropout_name: str
     ) -> tuple[Tensor | None, Tensor]:
         """(the sum where pre-norm needs it, its norm)."""
+        norm = getattr(self.layer, norm_name)
         reason = why_module(norm, nn.LayerNorm)
         if reason is not None:
-            dispatch.note("norm", "module", {"fused": reason})
-            total = self.add(branch, residual, kind, name)
+            dispatch.note(norm_name, "module", {"fused": reason})
+            total = self.add(branch, residual, kind, dropout_name)
             return total, norm(total)
-        output, bias, options = self._drop(branch, kind, name)
+        output, bias, options = self._drop(branch, kind, dropout_name)
         want_sum = self.layer.norm_first
         result = dropout_add_layer_norm(
             output,
@@ -386,7 +390,7 @@ class _Call:
 def why_module(module: nn.Module, *kinds: type) -> str | None:
     """Why ``module`` must be called rather than read for its weights; None if it is plain."""
     if type(module) not in kinds:
-        return f"it is a {type(module).__name__}"
+        return f"it is a {_kind(module)}"
     state = module.__dict__
     if "forward" in state:
         return "its forward is patched"
@@ -401,12 +405,16 @@ def why_module(module: nn.Module, *kinds: type) -> str | None:
         return "there are global module hooks"
     for weight in state["_parameters"].values():
         if weight is not None and not _is_plain(weight):
-            return f"its weights are {type(weight).__name__}s"
+            return f"its weights are {_kind(weight)}s"
     return None
 
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
+
+
+def _kind(x: object) -> str:
+    return type(x).__name__
 
 
 def _why_attention_is_module(layer: FusedEncoderLayer) -> str | None:
@@ -426,6 +434,14 @@ def _overrides(layer: FusedEncoderLayer, method: str) -> bool:
     return method in layer.__dict__ or getattr(type(layer), method) is not stock
 
 
+def _why_padded(layer: FusedEncoderLayer) -> str | None:
+    """Why sequences must not be run as packed tokens: a block expects a batch of them."""
+    for method in ("_sa_block", "_ff_block"):
+        if _overrides(layer, method):
+            return f"the layer overrides {method}"
+    return _why_attention_is_module(layer)
+
+
 def _drops(layer: FusedEncoderLayer) -> bool:
     """Whether any dropout site of the layer is on."""
     attn = layer.self_attn
@@ -438,17 +454,22 @@ def _drops(layer: FusedEncoderLayer) -> bool:
 
 
 _FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+_MODULES = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Identity: "identity"}
 
 
-def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The fused activation that computes the same as ``activation``, None if there is none."""
+def fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str | None, str | None]:
+    """The name of the fused activation that computes the same, or None and why there is none."""
+    name = None
     if not isinstance(activation, nn.Module):
-        return next((name for function, name in _FUNCTIONS if activation is function), None)
-    if why_module(activation, nn.ReLU, nn.GELU, nn.SiLU, nn.Identity) is not None:
-        return None
-    if isinstance(activation, nn.GELU):
-        return {"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate]
-    return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}[type(activation)]
+        name = next((name for function, name in _FUNCTIONS if activation is function), None)
+    elif type(activation) in _MODULES:
+        reason = why_module(activation, *_MODULES)
+        if reason is not None:
+            return None, reason
+        name = _MODULES[type(activation)]
+        if name == "gelu" and activation.approximate == "tanh":
+            name = "gelu_tanh"
+    return name, None if name else "there is no fused kernel for this activation"
 
 
 def _as_float(mask: Tensor | None, like: Tensor) -> Tensor | None:

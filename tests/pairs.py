@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,10 +40,16 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64, width: int = WIDTH) 
     return torch.randn(*shape, width, dtype=dtype)
 
 
-def gradients(layer: nn.Module, src: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def gradients(
+    layer: nn.Module,
+    src: Tensor,
+    *args: Any,
+    call: Callable[..., Tensor] | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
     """The output and the gradients of ``src``, of every parameter and of float masks that want one.
 
-    The cotangent is a fixed function of the output's shape.
+    The cotangent is a fixed function of the output's shape. ``call`` runs the layer in another way.
     """
     layer.zero_grad(set_to_none=True)
     leaf = src.detach().clone().requires_grad_()
@@ -52,7 +59,7 @@ def gradients(layer: nn.Module, src: Tensor, *args: Any, **kwargs: Any) -> dict[
         if isinstance(x, Tensor) and x.requires_grad
     }
     args = [masks.get(f"mask {i}", x) for i, x in enumerate(args)]
-    out = layer(leaf, *args, **kwargs)
+    out = (layer if call is None else call)(leaf, *args, **kwargs)
     out.backward(cotangent(out))
     found = {"output": out.detach(), "src": leaf.grad}
     found |= {name: mask.grad for name, mask in masks.items()}

@@ -210,7 +210,8 @@ class ReplayEncoderLayer(nn.TransformerEncoderLayer):
         q, k, v = qkv.view(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2) / (width // attn.num_heads) ** 0.5
         if mask is not None:
-            scores = scores + additive(mask).to(x.dtype).view(-1, *scores.shape[-2:])[None]
+            mask = additive(mask).to(x.dtype)  # (L, L) or (N * heads, L, L)
+            scores = scores + (mask if mask.dim() == 2 else mask.view(scores.shape))
         if padding is not None:
             scores = scores + additive(padding).to(x.dtype)[:, None, None, :]
         probabilities = torch.softmax(scores, -1)

@@ -10,6 +10,7 @@ import helpers
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import attention, attention_packed
@@ -51,7 +52,7 @@ def eager_attention(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """torch's own unfused attention, made to drop the elements that ``keep`` drops."""
+    """torch's own attention; with ``keep`` the unfused one, which takes the elements to drop."""
     bias = None
     if is_causal:
         later = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).triu(1)
@@ -63,24 +64,30 @@ def eager_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
-    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
-        q, k, v, bias, dropout_p, False, dropout_mask=keep
-    )
+    if keep is None:
+        out = F.scaled_dot_product_attention(q, k, v, bias)
+    else:
+        out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, bias, dropout_p, False, dropout_mask=keep
+        )
     return out.transpose(1, 2)
 
 
 def check(
-    inputs: dict[str, Tensor | None], dropout_p: float = 0.0, is_causal: bool = False
+    inputs: dict[str, Tensor | None],
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **constants: Tensor,
 ) -> None:
+    """Accuracy of the output and of the gradients of ``inputs``, given ``constants``."""
     query, key = inputs["query"], inputs["key"]
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     keep = reference.attention_keep(SEED, SITE, dropout_p, shape) if dropout_p else None
     multiplier = None if keep is None else reference.factor(keep, dropout_p)
-    ours = partial(
-        attention, is_causal=is_causal, dropout_p=dropout_p, seed=seed_tensor(), site=SITE
-    )
-    eager = partial(eager_attention, is_causal=is_causal, dropout_p=dropout_p, keep=keep)
-    oracle = partial(reference.attention, is_causal=is_causal, multiplier=multiplier)
+    constants["is_causal"] = is_causal
+    ours = partial(attention, dropout_p=dropout_p, seed=seed_tensor(), site=SITE, **constants)
+    eager = partial(eager_attention, dropout_p=dropout_p, keep=keep, **constants)
+    oracle = partial(reference.attention, multiplier=multiplier, **constants)
     helpers.assert_as_accurate_as_eager(ours, eager, oracle, inputs)
 
 
@@ -151,7 +158,10 @@ def test_nothing_in_gives_nothing_or_zeros(
 ) -> None:
     inputs = make_inputs(batch, seqlen_q, seqlen_k)
     ours = partial(attention, dropout_p=dropout_p, seed=seed_tensor())
-    masks = {"key_padding_mask": torch.zeros(batch, seqlen_k), "attn_mask": torch.zeros(1, seqlen_k)}
+    masks = {
+        "key_padding_mask": torch.zeros(batch, seqlen_k),
+        "attn_mask": torch.zeros(1, seqlen_k),
+    }
     for case in (inputs, {**inputs, **masks}):
         results = helpers.results_of(ours, case)
         assert results["output 0"].shape == inputs["query"].shape
@@ -170,8 +180,16 @@ MASK_SHAPES = [
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_broadcast_masks(shape: tuple[int, ...], dropout_p: float) -> None:
     inputs = make_inputs(seqlen_q=33, seqlen_k=21)
-    check({**inputs, "attn_mask": torch.randn(shape)}, dropout_p)
     check({**inputs, "attn_mask": torch.rand(shape) < 0.3}, dropout_p)
+    if shape[-1:] == (21,):
+        check({**inputs, "attn_mask": torch.randn(shape)}, dropout_p)
+        return
+    mask = torch.randn(shape)  # the same for all keys: the softmax does not depend on it
+    inputs.pop("attn_mask")
+    check(inputs, dropout_p, attn_mask=mask)
+    ours = partial(attention, **inputs, dropout_p=dropout_p, seed=seed_tensor())
+    gradient = helpers.results_of(ours, {"attn_mask": mask})["gradient of attn_mask"]
+    torch.testing.assert_close(gradient, torch.zeros(shape), atol=1e-5, rtol=0)
 
 
 def mask_cases() -> dict[str, tuple[Tensor | None, Tensor | None]]:
@@ -245,7 +263,8 @@ def test_huge_logits(dropout_p: float) -> None:
     )
     keep = reference.attention_keep(SEED, 0, dropout_p, (2, 3, 63, 63))
     expected = reference.attention(
-        *(inputs[n] for n in ("query", "key", "value")), multiplier=reference.factor(keep, dropout_p)
+        *(inputs[n] for n in ("query", "key", "value")),
+        multiplier=reference.factor(keep, dropout_p),
     )
     torch.testing.assert_close(results["output 0"], expected.float())
     assert all(x.isfinite().all() for x in results.values())
@@ -296,9 +315,7 @@ def test_lengths_are_masks(dropout_p: float) -> None:
     keys = torch.tensor([21, 5, 0, 1], dtype=torch.int32)
     queries = torch.tensor([33, 4, 33, 0], dtype=torch.int32)
     ours = partial(attention, dropout_p=dropout_p, seed=seed_tensor())
-    lengths = helpers.results_of(
-        partial(ours, key_lengths=keys, query_lengths=queries), inputs
-    )
+    lengths = helpers.results_of(partial(ours, key_lengths=keys, query_lengths=queries), inputs)
     padding = torch.arange(21) >= keys[:, None]
     beyond = torch.arange(33) >= queries[:, None]
 
@@ -380,9 +397,7 @@ def test_packed_cross_attention(dropout_p: float) -> None:
 def test_no_packed_tokens(lengths: list[int], dropout_p: float) -> None:
     qkv = torch.randn(0, 3, 2, 8)
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    ours = partial(
-        attention_packed, cu_seqlens=cu_seqlens, dropout_p=dropout_p, seed=seed_tensor()
-    )
+    ours = partial(attention_packed, cu_seqlens=cu_seqlens, dropout_p=dropout_p, seed=seed_tensor())
     assert helpers.results_of(ours, {"qkv": qkv})["output 0"].shape == (0, 2, 8)
 
 
@@ -571,7 +586,8 @@ def test_every_registered_op_has_samples() -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 def test_fake_tensors_agree(dropout_p: float) -> None:
     inputs = make_inputs(2, 5, 7)
-    tensors = [layout(inputs[n]) for layout, n in zip(LAYOUTS, ("query", "key", "value"))]
+    names = ("query", "key", "value")
+    tensors = [layout(inputs[n]) for layout, n in zip(LAYOUTS[1:], names, strict=True)]
     ours = partial(attention, dropout_p=dropout_p)
     helpers.assert_fakes_agree(lambda q, k, v, seed: ours(q, k, v, seed=seed), *tensors)
     for layout in QKV_LAYOUTS.values():
@@ -602,6 +618,32 @@ def test_compiled_packed_sequences() -> None:
 
     inputs = {"qkv": packed, "cu_seqlens": cu_seqlens, "seed": seed_tensor()}
     helpers.assert_compiled_equals_eager(run, inputs)
+
+
+def test_compiled_with_one_tensor_in_several_places() -> None:
+    def run(x: Tensor, seed: Tensor) -> Tensor:
+        return attention(x, x, x, dropout_p=P, seed=seed)
+
+    inputs = {"x": torch.randn(2, 9, 2, 8), "seed": seed_tensor()}
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = helpers.results_of(run, inputs)
+    helpers.assert_close(helpers.results_of(compiled, inputs), expected)
+
+
+def test_compiled_per_sample_gradients() -> None:
+    """torch.func inside torch.compile; a negative seed replays as it does outside."""
+    x, seed = torch.randn(4, 5, 3, 2, 4), seed_tensor(-7)
+
+    def gradients(x: Tensor, seed: Tensor) -> Tensor:
+        def loss(sample: Tensor) -> Tensor:
+            return attention_packed(sample[None], dropout_p=0.3, seed=seed).sin().sum()
+
+        return torch.vmap(torch.func.grad(loss))(x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, seed), gradients(x, seed))
 
 
 def test_compiled_for_any_length() -> None:

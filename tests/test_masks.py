@@ -1,7 +1,7 @@
 """Masks in every form torch's encoder layer takes, alone and inside ``nn.TransformerEncoder``.
 
-The oracle is the stock layer in training mode at dropout 0, which never takes torch's inference fast
-path, and with dropout on the stock layer with the contract's decisions.
+The oracle is the stock layer in training mode at dropout 0, which never takes torch's inference
+fast path, and with dropout on the stock layer with the contract's decisions.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ SRC_MASKS: dict[str, Callable[[], Tensor | None]] = {
     "0/-inf per head": lambda: as_float(scattered(BATCH * HEADS)),
     "bias per head": lambda: bias(BATCH * HEADS, LENGTH, LENGTH),
     "bias per head, expanded": lambda: bias(1, LENGTH, LENGTH).expand(BATCH * HEADS, -1, -1),
-    "float32": lambda: bias(LENGTH, LENGTH).float(),
 }
 PADDING_MASKS: dict[str, Callable[[], Tensor | None]] = {
     "none": lambda: None,
@@ -80,15 +79,10 @@ def _mismatched_masks_may_warn():
 
 @BOTH
 @ORDERS
-@pytest.mark.parametrize(
-    ("src_mask", "padding"), itertools.product(SRC_MASKS, PADDING_MASKS), ids=" + ".join
-)
+@pytest.mark.parametrize("src_mask", SRC_MASKS)
+@pytest.mark.parametrize("padding", PADDING_MASKS)
 def test_every_form(norm_first, batch_first, src_mask, padding):
     """In training, in eval with gradients and without: the values of stock's training forward."""
-    if src_mask == "float32":
-        # torch's attention takes no fp32 mask with fp64 scores; both masks' sum is fp64
-        if padding in ("none",):
-            pytest.skip("torch refuses it")
     stock, fused = pair(norm_first=norm_first, batch_first=batch_first)
     masks = (SRC_MASKS[src_mask](), PADDING_MASKS[padding]())
     src = tokens(BATCH, LENGTH) if batch_first else tokens(LENGTH, BATCH)
@@ -97,9 +91,7 @@ def test_every_form(norm_first, batch_first, src_mask, padding):
     fused.eval()
     assert_equal_runs(gradients(fused, src, *masks), expected)
     with torch.no_grad():
-        torch.testing.assert_close(
-            fused(src, *masks), expected["output"], rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(fused(src, *masks), expected["output"], rtol=1e-10, atol=1e-10)
 
 
 @BOTH
@@ -107,14 +99,15 @@ def test_every_form(norm_first, batch_first, src_mask, padding):
 @pytest.mark.parametrize(
     ("src_mask", "padding"),
     [("bool", "0/-inf"), ("bias per head", "bool"), ("0/-inf", "bias"), ("bias", "none")],
-    ids=" + ".join,
 )
 def test_masks_with_dropout(norm_first, batch_first, src_mask, padding, contract_seeds):
     replay, fused = pair(
         dropout=0.3, norm_first=norm_first, batch_first=batch_first, stock=ReplayEncoderLayer
     )
     masks = (SRC_MASKS[src_mask](), PADDING_MASKS[padding]())
-    masks = tuple(x.requires_grad_() if x is not None and x.is_floating_point() else x for x in masks)
+    masks = tuple(
+        x.requires_grad_() if x is not None and x.is_floating_point() else x for x in masks
+    )
     src = tokens(BATCH, LENGTH) if batch_first else tokens(LENGTH, BATCH)
     torch.manual_seed(2)
     expected = gradients(replay, src, *masks)
@@ -126,13 +119,14 @@ def test_masks_with_dropout(norm_first, batch_first, src_mask, padding, contract
 @pytest.mark.parametrize(
     ("src_mask", "padding"),
     [("bias", "none"), ("bias per head", "bool"), ("bias", "bias"), ("none", "bias")],
-    ids=" + ".join,
 )
 def test_gradients_flow_to_float_masks(src_mask, padding, dropout, contract_seeds):
     kind = ReplayEncoderLayer if dropout else nn.TransformerEncoderLayer
     stock, fused = pair(dropout=dropout, stock=kind)
     masks = (SRC_MASKS[src_mask](), PADDING_MASKS[padding]())
-    masks = tuple(x.requires_grad_() if x is not None and x.is_floating_point() else x for x in masks)
+    masks = tuple(
+        x.requires_grad_() if x is not None and x.is_floating_point() else x for x in masks
+    )
     src = tokens(BATCH, LENGTH)
     torch.manual_seed(4)
     expected = gradients(stock, src, *masks)
@@ -193,21 +187,23 @@ def test_unbatched(norm_first, batch_first, src_mask, padding):
 @ORDERS
 @pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0), (0, 0)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_empty(batch_first, batch, length, dropout):
+def test_empty_with_masks(batch_first, batch, length, dropout):
+    """Stock raises where there are masks; without, it gives what ours gives with them."""
     stock, fused = pair(dropout=dropout, batch_first=batch_first)
     src = tokens(batch, length) if batch_first else tokens(length, batch)
     padding = torch.zeros(batch, length, dtype=torch.bool)
+    expected = gradients(stock, src)
     for masks in (
         (None, padding),
         (causal(length), padding),
         (as_float(causal(length)), as_float(padding)),
         (torch.zeros(batch * HEADS, length, length), None),
+        (causal(length), None, True),
     ):
-        expected, ours = gradients(stock, src, *masks), gradients(fused, src, *masks)
-        assert {name: x.shape for name, x in ours.items()} == {
-            name: x.shape for name, x in expected.items()
-        }
-        assert not any(x.any() for name, x in ours.items() if name not in ("output", "src"))
+        assert_equal_runs(gradients(fused, src, *masks), expected)
+        with torch.no_grad():
+            assert fused.eval()(src, *masks).shape == src.shape
+        fused.train()
 
 
 # -------------------------------------------------------------------------------------- is_causal
@@ -233,7 +229,9 @@ def test_the_hint_replaces_any_mask():
     assert_equal_runs(gradients(fused.eval(), src, mask, is_causal=True), expected)
 
 
-@pytest.mark.parametrize("padding", [bool_padding(), as_float(bool_padding())], ids=["bool", "float"])
+@pytest.mark.parametrize(
+    "padding", [bool_padding(), as_float(bool_padding())], ids=["bool", "float"]
+)
 def test_with_padding_the_hint_is_dropped_and_the_mask_used(padding):
     stock, fused = pair()
     src, mask = tokens(BATCH, LENGTH), scattered()
@@ -256,11 +254,21 @@ class CallsSuper(FusedEncoderLayer):
         return super()._sa_block(x, attn_mask, key_padding_mask, is_causal)
 
 
+def parametrized(layer: FusedEncoderLayer) -> FusedEncoderLayer:
+    nn.utils.parametrize.register_parametrization(
+        layer.self_attn, "in_proj_weight", nn.Identity(), unsafe=True
+    )
+    return layer
+
+
 PATHS: dict[str, Callable[[FusedEncoderLayer], Callable]] = {
     "fused": lambda layer: layer,
     "self_attn as module": hooked,
+    "self_attn parametrized": parametrized,
     "compiled": lambda layer: torch.compile(layer, backend="aot_eager", fullgraph=True),
-    "compiled, self_attn as module": lambda layer: torch.compile(hooked(layer), backend="aot_eager"),
+    "compiled, self_attn as module": lambda layer: torch.compile(
+        hooked(layer), backend="aot_eager"
+    ),
     "_sa_block overridden": lambda layer: layer,
 }
 FULLY_MASKED = {
@@ -272,9 +280,15 @@ FULLY_MASKED = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("masks", FULLY_MASKED.values(), ids=FULLY_MASKED)
-@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+#: Compilers are slow: pre-norm with padding, post-norm with what masks make fully masked.
+PATHS_AND_MASKS = [
+    (path, masks, norm_first)
+    for path, masks, norm_first in itertools.product(PATHS, FULLY_MASKED, (False, True))
+    if "compiled" not in path or norm_first == (masks == "padding")
+]
+
+
+@pytest.mark.parametrize(("path", "masks", "norm_first"), PATHS_AND_MASKS)
 def test_fully_masked_rows_attend_to_nothing(path, masks, norm_first):
     """Attention output 0 and finite gradients in training, eval and under no_grad.
 
@@ -283,12 +297,12 @@ def test_fully_masked_rows_attend_to_nothing(path, masks, norm_first):
     stock, fused = pair(
         norm_first=norm_first, fused=CallsSuper if "overridden" in path else FusedEncoderLayer
     )
-    src = tokens(2, LENGTH)
+    src, masks = tokens(2, LENGTH), FULLY_MASKED[masks]
     expected = gradients(stock, src, *masks)
     assert all(x.isfinite().all() for x in expected.values())
     torch.compiler.reset()
+    parameters = dict(fused.named_parameters())
     run = PATHS[path](fused)
-    parameters = {name: p for name, p in fused.named_parameters()}
     for training in (True, False):
         fused.train(training)
         leaf = src.clone().requires_grad_()

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn.dropout import functorch_active
-
 _library = torch.library.Library("fastattn", "DEF")
 
 #: The fields of :class:`fastattn.ops.dropout.TokenDropout`, as an op schema declares them.
@@ -48,14 +46,14 @@ def _without_autocast(implementation: Callable) -> Callable:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast wants matrix products of ``tensor`` in, None where it is off."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether only plain differentiable PyTorch is right: torch.func or forward-mode AD."""
-    if functorch_active():
+    if torch._C._are_functorch_transforms_active():  # the one question Dynamo understands
         return True
     return forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None
@@ -96,16 +94,34 @@ def mismatch(argument: str, expected: str, got: Any) -> ValueError:
     return ValueError(f"{argument} must be {expected}, but got {got}")
 
 
+def check_rows(input: Tensor) -> None:
+    """Raise unless ``input`` is floating point with a last dimension, its columns."""
+    if input.dim() < 1 or not input.is_floating_point():
+        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+
+
 def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
-    """Raise unless ``vector`` is None or has one value for each column of ``input``."""
-    if vector is not None and vector.shape != input.shape[-1:]:
+    """Raise unless ``vector`` is None or has one number for each column of ``input``."""
+    if vector is None:
+        return
+    if vector.shape != input.shape[-1:]:
         raise mismatch(name, f"of shape {tuple(input.shape[-1:])}", vector.shape)
+    check_floating(name, vector.dtype)
 
 
-def check_dropout(dropout_p: float, seed: Tensor | None, input: Tensor) -> None:
-    """Raise unless ``dropout_p`` is a probability, with a seed where ``input`` is if it drops."""
-    from fastattn.dropout import check_seed
+def check_floating(name: str, dtype: torch.dtype | None) -> None:
+    """Raise unless ``dtype``, of or for what ``name`` names, is None or floating point."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise mismatch(name, "floating point", dtype)
 
+
+def check_dropout(dropout_p: float, seed: Tensor | None, site: int, input: Tensor) -> None:
+    """Raise unless ``dropout_p`` is a probability and its decisions are well defined."""
+    from fastattn.dropout import check_seed, check_site
+
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
+    check_site(site)
     if not 0.0 <= dropout_p <= 1.0:
         raise mismatch("dropout_p", "between 0 and 1", dropout_p)
     if seed is not None:
@@ -114,6 +130,16 @@ def check_dropout(dropout_p: float, seed: Tensor | None, input: Tensor) -> None:
             raise mismatch("seed", f"on {input.device}", seed.device)
     elif dropout_p > 0.0:
         raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, which Dynamo traces only if no tensor is among the arguments twice."""
+    if torch.compiler.is_compiling():
+        arguments = tuple(
+            x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in arguments[:i]) else x
+            for i, x in enumerate(arguments)
+        )
+    return function.apply(*arguments)
 
 
 def remember(ctx: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> None:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, fallback
+from fastattn.dropout import HEADS
 from fastattn.ops._library import (
+    apply,
     autocast_dtype,
     check_dropout,
+    check_floating,
     define,
     differentiable_gradients,
     mismatch,
@@ -98,7 +101,7 @@ def attention(
         return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
     if _leaves_it_to_torch(arguments):
         return fallback.attention_without_dropout(query, key, value, arguments)
-    return _Attention.apply(query, key, value, *arguments)
+    return apply(_Attention, query, key, value, *arguments)
 
 
 def attention_packed(
@@ -129,8 +132,10 @@ def attention_packed(
     Returns:
         (B, S, H, D) or (T, H, D), in the memory order (batch or sequence first) of ``qkv``.
     """
-    if qkv.dim() not in (4, 5) or qkv.shape[-3] != 3:
-        raise mismatch("qkv", "(B, S, 3, H, D) or packed (T, 3, H, D)", qkv.shape)
+    check_floating("qkv", qkv.dtype)
+    expected = "(B, S, 3, H, D)" if cu_seqlens is None else "(T, 3, H, D)"
+    if qkv.dim() != (5 if cu_seqlens is None else 4) or qkv.shape[-3] != 3:
+        raise mismatch("qkv", expected, qkv.shape)
     (qkv,) = _autocast(qkv)
     arguments = AttentionArguments(
         key_padding_mask,
@@ -154,7 +159,7 @@ def attention_packed(
         return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
     if _leaves_it_to_torch(arguments):
         return fallback.attention_without_dropout(query, key, value, arguments)
-    return _AttentionPacked.apply(qkv, *arguments)
+    return apply(_AttentionPacked, qkv, *arguments)
 
 
 def _default_scale(x: Tensor) -> float:
@@ -163,7 +168,9 @@ def _default_scale(x: Tensor) -> float:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = autocast_dtype(tensors[0])
-    return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
+    if dtype is None:
+        return tensors
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
 def _prepare(
@@ -176,18 +183,20 @@ def _prepare(
 ) -> AttentionArguments:
     """Check every argument, give the mask four dimensions and choose the backend."""
     packed = arguments.cu_seqlens_q is not None
-    if not query.is_floating_point():
-        raise mismatch("query", "floating point", query.dtype)
-    if query.dim() != (3 if packed else 4):
-        raise mismatch("query", "(Tq, H, D)" if packed else "(B, Sq, H, D)", query.shape)
     if op == "attention":
+        check_floating("query", query.dtype)
+        if query.dim() != (3 if packed else 4):
+            raise mismatch("query", "(Tq, H, D)" if packed else "(B, Sq, H, D)", query.shape)
         _check_like(query, "key", key, packed)
         _check_like(query, "value", value, packed)
         if key.shape != value.shape:
             raise mismatch("value", f"of key's shape {tuple(key.shape)}", value.shape)
-    check_dropout(arguments.dropout_p, arguments.seed, query)
+    check_dropout(arguments.dropout_p, arguments.seed, arguments.site, query)
+    last_head = arguments.head_offset + query.shape[-2]
+    if arguments.head_offset < 0 or last_head > HEADS:
+        raise mismatch("head_offset", f"at least 0, and heads below {HEADS}", arguments.head_offset)
     if packed:
-        _check_packed(arguments)
+        _check_packed(arguments, query, key)
     else:
         arguments = _check_masks(arguments, query, key)
     backend = dispatch.choose(op, query, backend, head_dim=query.shape[-1], arguments=arguments)
@@ -206,7 +215,7 @@ def _check_like(query: Tensor, name: str, x: Tensor, packed: bool) -> None:
         raise mismatch(name, f"of query's shape {tuple(query.shape)} but for its length", got)
 
 
-def _check_packed(arguments: AttentionArguments) -> None:
+def _check_packed(arguments: AttentionArguments, query: Tensor, key: Tensor) -> None:
     for name in ("key_padding_mask", "attn_mask", "key_lengths", "query_lengths"):
         if getattr(arguments, name) is not None:
             raise mismatch(name, "None where sequences are packed", "a tensor")
@@ -216,6 +225,10 @@ def _check_packed(arguments: AttentionArguments) -> None:
             raise mismatch(name, "given where the other is", None)
         if seqlens.dtype != torch.int32 or seqlens.dim() != 1 or seqlens.numel() == 0:
             raise mismatch(name, "(B + 1,) torch.int32", f"{tuple(seqlens.shape)} {seqlens.dtype}")
+    for name, tokens in (("max_seqlen_q", query), ("max_seqlen_k", key)):
+        longest = getattr(arguments, name)
+        if longest < 0 or (longest == 0 and tokens.shape[0] > 0):
+            raise mismatch(name, "the length of the longest sequence", longest)
 
 
 def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> AttentionArguments:

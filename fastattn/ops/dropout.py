@@ -33,8 +33,7 @@ class AttentionDropout(NamedTuple):
         """Tensor of ``shape`` to multiply by, None where nothing drops."""
         if not self.drops:
             return None
-        call = _attention_factor if dropout.functorch_active() else _attention_op
-        return call(*self, list(shape), dtype)
+        return _attention_op(*self, list(shape), dtype)
 
 
 class TokenDropout(NamedTuple):
@@ -61,9 +60,8 @@ class TokenDropout(NamedTuple):
         """Tensor of ``like``'s shape to multiply by, None where nothing drops."""
         if not self.drops:
             return None
-        call = _token_factor if dropout.functorch_active() else _token_op
         rows, columns = like.shape[:-1].numel(), like.shape[-1]
-        return call(*self, grouping, rows, columns, dtype).view(like.shape)
+        return _token_op(*self, grouping, rows, columns, dtype).view(like.shape)
 
 
 def token_dropout(
@@ -87,6 +85,10 @@ def token_dropout(
             raise mismatch("row_index", f"{rows} torch.int32", got)
         if row_period is None:
             raise mismatch("row_period", "given with row_index", None)
+    if row_period is not None and row_period < 0:
+        raise mismatch("row_period", "at least 0", row_period)
+    if column_offset < 0:
+        raise mismatch("column_offset", "at least 0", column_offset)
     if row_period is None:
         batched = input.dim() > 2
         row_period = input.shape[-2] if batched or (batch_first and input.dim() == 2) else 1
@@ -108,8 +110,6 @@ dispatch.register("dropout_factor", "pytorch", dropout)
 
 
 def _in_extension(seed: Tensor) -> bool:
-    if dropout.functorch_active():
-        return False
     return dispatch.choose("dropout_factor", seed) == "cpu"
 
 
@@ -178,7 +178,7 @@ def _token_factor(
 
 def _replays_twister(seed: Tensor) -> bool:
     """Negative seeds exist on CPUs only (:func:`fastattn.dropout.draw_seed`)."""
-    return seed.device.type == "cpu" and not dropout.functorch_active() and int(seed) < 0
+    return seed.device.type == "cpu" and int(seed) < 0
 
 
 _attention_op = define(

@@ -11,7 +11,10 @@ from torch import Tensor
 from fastattn import dispatch, fallback
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
+    apply,
     check_dropout,
+    check_floating,
+    check_rows,
     check_vector,
     column_sum,
     define,
@@ -24,7 +27,13 @@ from fastattn.ops._library import (
 )
 from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
 from fastattn.ops.dropout import TokenDropout, token_dropout
-from fastattn.ops.layer_norm import check_norm, norm_dtype, norm_gradients, statistics_fake
+from fastattn.ops.layer_norm import (
+    check_norm,
+    leaves_it_to_torch,
+    norm_dtype,
+    norm_gradients,
+    statistics_fake,
+)
 
 #: What dropout_add_layer_norm may keep for backward: the sum before normalisation.
 SAVE_LEVELS = ("sum",)
@@ -78,23 +87,33 @@ def dropout_add_layer_norm(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run this call.
     """
-    check_norm(input, weight, bias)
+    check_norm(input, weight, bias, out_dtype)
     _check_branch(input, residual, input_bias)
+    check_floating("copy_dtype", copy_dtype)
     if save not in SAVE_LEVELS:
         raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
-    check_dropout(dropout_p, seed, input)
+    check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add_layer_norm", input, backend)
     sum_dtype = fallback.sum_dtype(input, residual)
     arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(sum_dtype, input))
-    plain = backend == "pytorch" and not dropout.drops
+    plain = leaves_it_to_torch(backend, sum_dtype) and not dropout.drops
     if plain or needs_composite(input, input_bias, residual, weight, bias):
         total = fallback.dropout_add_composite(input, input_bias, residual, dropout)
         out = fallback.layer_norm_composite(total, weight, bias, arguments)
         copy = None if copy_dtype is None else out.to(copy_dtype)
     else:
-        out, total, copy = _DropoutAddLayerNorm.apply(
-            return_sum, input, input_bias, residual, *arguments, *dropout, copy_dtype, save, backend
+        out, total, copy = apply(
+            _DropoutAddLayerNorm,
+            return_sum,
+            input,
+            input_bias,
+            residual,
+            *arguments,
+            *dropout,
+            copy_dtype,
+            save,
+            backend,
         )
     results = (out, *((total,) if return_sum else ()), *(() if copy_dtype is None else (copy,)))
     return results if len(results) > 1 else out
@@ -121,21 +140,22 @@ def dropout_add(
         The shape of ``input``, in the promoted dtype of ``input`` and ``residual``.
     """
     _check_branch(input, residual, input_bias)
-    check_dropout(dropout_p, seed, input)
+    check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add", input, backend)
     plain = backend == "pytorch" and not dropout.drops
     if plain or needs_composite(input, input_bias, residual):
         return fallback.dropout_add_composite(input, input_bias, residual, dropout)
-    return _DropoutAdd.apply(input, input_bias, residual, *dropout, backend)
+    return apply(_DropoutAdd, input, input_bias, residual, *dropout, backend)
 
 
 def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | None) -> None:
-    if input.dim() < 1 or not input.is_floating_point():
-        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_rows(input)
     check_vector("input_bias", input_bias, input)
-    if residual is not None and residual.shape != input.shape:
-        raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
+    if residual is not None:
+        if residual.shape != input.shape:
+            raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
+        check_floating("residual", residual.dtype)
 
 
 # --------------------------------------------------------------------- why not, per backend

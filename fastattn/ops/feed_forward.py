@@ -11,8 +11,10 @@ from torch import Tensor
 from fastattn import dispatch, fallback
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
+    apply,
     autocast_dtype,
     check_dropout,
+    check_rows,
     check_vector,
     column_sum,
     define,
@@ -78,7 +80,7 @@ def feed_forward(
         tensors = tuple(None if x is None else x.to(dtype) for x in tensors)
     input, weight1, bias1, weight2, bias2 = tensors
     _check_feed_forward(*tensors, activation, save)
-    check_dropout(dropout_p, seed, input)
+    check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
@@ -87,7 +89,7 @@ def feed_forward(
         return fallback.feed_forward_composite(*tensors, activation, dropout)
     if backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled():
         return fallback.feed_forward_forward(*tensors, activation, dropout, "input")[0]
-    return _FeedForward.apply(*tensors, activation, *dropout, save, backend)
+    return apply(_FeedForward, *tensors, activation, *dropout, save, backend)
 
 
 def bias_activation_dropout(
@@ -116,17 +118,16 @@ def bias_activation_dropout(
         The shape of ``input``, in the promoted dtype of ``input`` and ``bias``.
     """
     _check_activation(activation)
-    if input.dim() < 1 or not input.is_floating_point():
-        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_rows(input)
     check_vector("bias", bias, input)
-    check_dropout(dropout_p, seed, input)
+    check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
     backend = dispatch.choose("bias_activation_dropout", input, backend, activation=activation)
     if needs_composite(input, bias) or (backend == "pytorch" and not dropout.drops):
         return fallback.bias_activation_dropout_composite(input, bias, activation, dropout)
-    return _BiasActivationDropout.apply(input, bias, activation, *dropout, backend)
+    return apply(_BiasActivationDropout, input, bias, activation, *dropout, backend)
 
 
 def _check_activation(activation: str) -> None:
@@ -147,8 +148,7 @@ def _check_feed_forward(
     _check_activation(activation)
     if save not in SAVE_LEVELS:
         raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
-    if input.dim() < 1 or not input.is_floating_point():
-        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+    check_rows(input)
     dtype, device = input.dtype, input.device
     for name, x in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
         if x is not None and (x.dtype != dtype or x.device != device):
@@ -225,7 +225,7 @@ def _middle_forward(input, bias, activation, *options):
     functions = dispatch.functions("bias_activation_dropout", backend)
     return functions.bias_activation_dropout_forward(
         input, bias, activation, TokenDropout(*dropout)
-    )
+    ).contiguous()
 
 
 def _promoted(input: Tensor, bias: Tensor | None) -> torch.dtype:

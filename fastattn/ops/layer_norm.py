@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fastattn import dispatch, fallback
 from fastattn.ops._library import (
+    apply,
+    check_floating,
+    check_rows,
     check_vector,
     define,
     differentiable_gradients,
-    mismatch,
     needs_composite,
     recall,
     remember,
@@ -44,12 +46,17 @@ def layer_norm(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run this call.
     """
-    check_norm(input, weight, bias)
+    check_norm(input, weight, bias, out_dtype)
     backend = dispatch.choose("layer_norm", input, backend)
     arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(input.dtype, input))
-    if backend == "pytorch" or needs_composite(input, weight, bias):
+    if leaves_it_to_torch(backend, input.dtype) or needs_composite(input, weight, bias):
         return fallback.layer_norm_composite(input, weight, bias, arguments)
-    return _LayerNorm.apply(input, *arguments, backend)
+    return apply(_LayerNorm, input, *arguments, backend)
+
+
+def leaves_it_to_torch(backend: str, dtype: torch.dtype) -> bool:
+    """Whether torch's own autograd is the backend: in half precision it would keep fp32 copies."""
+    return backend == "pytorch" and dtype == fallback.accumulation_dtype(dtype)
 
 
 def norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
@@ -59,10 +66,12 @@ def norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
     return dtype
 
 
-def check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise unless a norm with this affine map can take ``input``."""
-    if input.dim() < 1 or not input.is_floating_point():
-        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
+def check_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> None:
+    """Raise unless a norm with this affine map and result can take ``input``."""
+    check_rows(input)
+    check_floating("out_dtype", out_dtype)
     check_vector("weight", weight, input)
     check_vector("bias", bias, input)
 
