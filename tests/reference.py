@@ -103,7 +103,8 @@ def attention(
 ) -> Tensor:
     """(B, S, H, D) attention in float64, differentiable; rows without a key give zeros."""
     q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
-    scores = torch.einsum("bhmd,bhnd->bhmn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bhmd,bhnd->bhmn", q, k) * scale
     if key_padding_mask is not None:
         scores = scores + additive(key_padding_mask)[:, None, None, :]
     if attn_mask is not None:
@@ -128,7 +129,9 @@ def additive(mask: Tensor) -> Tensor:
 ACTIVATIONS = {
     "relu": lambda x: x.clamp(min=0),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    ),
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "identity": lambda x: x,
 }

@@ -379,8 +379,9 @@ def test_registration() -> None:
     for seed in (tensor(5), tensor(-5)):
         torch.library.opcheck(ops.attention, (0.1, seed, 3, 1, [2, 3, 5, 7], torch.float32))
         for grouping in (ACTIVATION, RESIDUAL):
-            rows = (0.1, seed, 3, index, 2, False, 5, grouping, 6, 9, torch.bfloat16)
-            torch.library.opcheck(ops.token, rows)
+            rows = (0.1, seed, 3, index, 2, False)
+            torch.library.opcheck(ops.token, (*rows, 5, grouping, 6, 9, torch.bfloat16))
+            torch.library.opcheck(ops.token, (*rows, 0, grouping, 6, 64, torch.float32))
 
 
 def test_a_seed_for_each_sample() -> None:

@@ -223,10 +223,14 @@ def test_nan_stays_in_its_row(activation: str, dropout_p: float) -> None:
 
 def test_the_scale_is_exact_in_half_precision() -> None:
     """1 / 0.9 is no bf16 number: the product is rounded, not the factor."""
-    ones = torch.ones(50, 64, dtype=torch.bfloat16) * 3.0
-    out = bias_activation_dropout(ones, dropout_p=0.1, seed=seed_tensor())
-    kept = torch.tensor(3.0 * 16384 / (16384 - 1638)).bfloat16()
-    assert set(out.unique().tolist()) == {0.0, kept.item()}
+    mantissas = 1 + torch.arange(128) / 128  # every bf16 number in [1, 2)
+    rows = mantissas.bfloat16().expand(50, 128)
+    out = bias_activation_dropout(rows, dropout_p=0.1, seed=seed_tensor())
+    exact = (mantissas.double() * 16384 / (16384 - 1638)).bfloat16()
+    kept = out != 0
+    assert torch.equal(out[kept], exact.expand(50, 128)[kept])
+    rounded = mantissas.bfloat16() * torch.tensor(16384 / (16384 - 1638)).bfloat16()
+    assert not torch.equal(rounded, exact)
 
 
 # --------------------------------------------------------------------- rows, packed and sharded

@@ -505,13 +505,12 @@ def stacks(
 @BOTH
 @ORDERS
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "padded"])
-@pytest.mark.parametrize("final_norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("mask", ["none", "causal", "bias"])
 @pytest.mark.parametrize("padding", ["none", "bool", "0/-inf", "bool, leading"])
-def test_encoder_stack(norm_first, batch_first, nested, final_norm, mask, padding):
+def test_encoder_stack(norm_first, batch_first, nested, mask, padding):
     """Training, eval with gradients, eval without: equal to stock's training forward."""
     stock, fused = stacks(
-        nested=nested, final_norm=final_norm, norm_first=norm_first, batch_first=batch_first
+        nested=nested, final_norm=True, norm_first=norm_first, batch_first=batch_first
     )
     masks = ({"none": None, "causal": causal(), "bias": bias(LENGTH, LENGTH)}[mask],)
     masks += (PADDING_MASKS[padding](),)

@@ -87,6 +87,57 @@ def differentiable_gradients(
     return gradients
 
 
+def twice_differentiable(
+    fast: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor | None
+) -> Tensor:
+    """``fast(*inputs)``, with second derivatives from ``exact``, the same function.
+
+    For kernels of torch's own whose backward has no derivative.
+    """
+    recorded = any(x is not None and x.requires_grad for x in inputs)
+    if not recorded or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return fast(*inputs)
+    return _TwiceDifferentiable.apply(fast, exact, *inputs)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fast: Callable, exact: Callable, *inputs: Tensor | None) -> Tensor:
+        ctx.fast, ctx.exact = fast, exact
+        ctx.save_for_backward(*inputs)
+        ctx.graph = _record(fast, inputs, ctx.needs_input_grad[2:])
+        return ctx.graph[1].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if wants_second_order():
+            return None, None, *differentiable_gradients(ctx.exact, inputs, grad_output)
+        leaves, output = ctx.graph or _record(ctx.fast, inputs, wanted)
+        ctx.graph = None  # its memory is free once used; a second backward computes it again
+        found = iter(
+            torch.autograd.grad(
+                output,
+                [leaf for leaf, want in zip(leaves, wanted, strict=True) if want],
+                grad_output,
+                allow_unused=True,
+            )
+        )
+        return None, None, *(next(found) if want else None for want in wanted)
+
+
+@torch.enable_grad()
+def _record(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[list[Tensor | None], Tensor]:
+    """Detached inputs, and ``function`` of them with its graph."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_(want)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+    return leaves, function(*leaves)
+
+
 def mismatch(argument: str, expected: str, got: Any) -> ValueError:
     """The error for an argument that does not fit, to raise."""
     if isinstance(got, torch.Size):

@@ -24,6 +24,7 @@ from fastattn.ops._library import (
     needs_composite,
     recall,
     remember,
+    twice_differentiable,
     wanted_only,
     wants_second_order,
 )
@@ -100,7 +101,7 @@ def attention(
     if needs_composite(query, key, value, key_padding_mask, attn_mask):
         return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
     if _leaves_it_to_torch(arguments):
-        return fallback.attention_without_dropout(query, key, value, arguments)
+        return _by_torch(query, key, value, arguments)
     return apply(_Attention, query, key, value, *arguments)
 
 
@@ -158,7 +159,7 @@ def attention_packed(
     if needs_composite(qkv, key_padding_mask, attn_mask):
         return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
     if _leaves_it_to_torch(arguments):
-        return fallback.attention_without_dropout(query, key, value, arguments)
+        return _by_torch(query, key, value, arguments)
     return apply(_AttentionPacked, qkv, *arguments)
 
 
@@ -257,6 +258,18 @@ def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> A
     return arguments._replace(attn_mask=mask.reshape(sizes))
 
 
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
+    def fast(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> Tensor:
+        return fallback.attention_without_dropout(
+            query, key, value, AttentionArguments(*masks, *arguments[2:])
+        )
+
+    def exact(*inputs: Tensor | None) -> Tensor:
+        return fallback.attention_composite(*inputs, arguments)
+
+    return twice_differentiable(fast, exact, query, key, value, *arguments[:2])
+
+
 def _leaves_it_to_torch(arguments: AttentionArguments) -> bool:
     """torch's own SDPA, with its own autograd, is the ``pytorch`` backend where nothing drops."""
     return arguments.backend == "pytorch" and not arguments.dropout.drops
@@ -326,7 +339,9 @@ def _backward_fake(grad_out, query, key, value, out, lse, grad_padding, grad_mas
 
 
 def _packed_forward(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(-3), *options)
+    arguments = AttentionArguments(*options)
+    functions = dispatch.functions("attention_packed", arguments.backend)
+    return functions.attention_forward(*qkv.unbind(-3), arguments)
 
 
 def _packed_forward_fake(qkv: Tensor, *options: Any):

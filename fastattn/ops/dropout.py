@@ -114,7 +114,8 @@ def _in_extension(seed: Tensor) -> bool:
 
 
 def _scaled(decisions: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return decisions.view(torch.int8).to(dtype).mul_(scale)
+    factor = decisions.view(torch.int8).to(dtype, memory_format=torch.contiguous_format)
+    return factor.mul_(scale)
 
 
 def _attention_factor(
