@@ -779,3 +779,21 @@ def test_a_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(RuntimeError, match="triton.*attention.*(kernel|cuda)"):
         attention(TOKENS, TOKENS, TOKENS, backend="triton")
     assert torch.equal(attention(TOKENS, TOKENS, TOKENS, backend="pytorch"), TOKENS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_derivatives_without_dropout(masked: bool) -> None:
+    qkv = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, 5, dtype=torch.float64, requires_grad=True) if masked else None
+    inputs = (qkv, bias) if masked else (qkv,)
+    assert torch.autograd.gradgradcheck(lambda x, m=None: attention_packed(x, attn_mask=m), inputs)
+
+
+def test_backward_twice_through_torch_sdpa_gives_the_same_and_keeps_no_graph() -> None:
+    qkv = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    out = attention_packed(qkv)
+    (first,) = torch.autograd.grad(out.sum(), qkv, retain_graph=True)
+    (second,) = torch.autograd.grad(out.sum(), qkv)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), qkv)
