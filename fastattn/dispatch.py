@@ -29,16 +29,21 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 _DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 
 
+def _can_always(**facts: Any) -> None:
+    """The reason of a backend that runs every call on its device."""
+
+
 @dataclass
 class Backend:
     """One implementation of an op: an object with its functions, and what it cannot do."""
 
     functions: Any
-    why_not: Callable[..., str | None] = field(default=lambda **facts: None)
+    why_not: Callable[..., str | None] = _can_always
 
 
 _registry: dict[str, dict[str, Backend]] = {op: {} for op in BACKENDS}
 _requested: dict[str, str] = {}
+_always: dict[tuple[str, str], str | None] = {}
 _record: list[Choice] | None = None
 
 
@@ -61,6 +66,7 @@ def register(
 ) -> None:
     """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do."""
     _known(op, backend)
+    _always.clear()
     _registry[op][backend] = Backend(functions, why_not) if why_not else Backend(functions)
     _registry[op] = {name: _registry[op][name] for name in BACKENDS[op] if name in _registry[op]}
 
@@ -95,7 +101,14 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
         ValueError: ``backend`` is no backend of ``op``.
         RuntimeError: the backend asked for cannot run this call; the message says why.
     """
-    taken = preview(op, tensor, backend, **facts)
+    if backend is None and _record is None and not _requested:
+        device = tensor.device.type
+        if (op, device) not in _always:
+            _always[op, device] = _unconditional(op, device)
+        taken = _always[op, device]
+        if taken is not None:
+            return taken
+    taken = _select(op, tensor, backend, **facts)
     if _record is not None:
         better = BACKENDS[op][: BACKENDS[op].index(taken)]
         asked_for = f"{taken} was asked for"
@@ -104,8 +117,13 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
     return taken
 
 
-def preview(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) -> str:
-    """What :func:`choose` would choose, without a trace in :func:`explain`."""
+def _unconditional(op: str, device: str) -> str | None:
+    """The best backend of ``op`` on ``device``, if it can run every call; None if that depends."""
+    best = next(name for name in _registry[op] if _DEVICES.get(name, device) == device)
+    return best if _registry[op][best].why_not is _can_always else None
+
+
+def _select(op: str, tensor: Tensor, backend: str | None, **facts: Any) -> str:
     asked = backend if backend is not None else _requested.get(op)
     if asked is None:
         return next(n for n in _registry[op] if why_not(op, n, tensor.device, **facts) is None)

@@ -270,6 +270,18 @@ _ACTIVATION_BACKWARD = {
 }
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` out of autograd's sight.
+
+    On a CPU a bias added in place costs one pass over the result; ``addmm`` writes it there first
+    and reads it back.
+    """
+    exact = input.dtype in (torch.float32, torch.float64)
+    if bias is None or input.device.type != "cpu" or not exact or torch.is_autocast_enabled("cpu"):
+        return F.linear(input, weight, bias)
+    return F.linear(input, weight).add_(bias)
+
+
 def _activation_factor(dropout: TokenDropout, hidden: Tensor) -> Tensor | None:
     """The multiplier of ``hidden``, at least fp32: in bf16 1 / keep itself is 0.2 % off."""
     return dropout.factor(hidden, ACTIVATION, accumulation_dtype(hidden.dtype))
@@ -294,7 +306,7 @@ def feed_forward_forward(
     save: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the hidden tensor backward wants: relu's result after dropout, else h."""
-    hidden = F.linear(input, weight1, bias1)
+    hidden = linear(input, weight1, bias1)
     factor = _activation_factor(dropout, hidden)
     if activation == "relu":
         activated = hidden = hidden.relu_()
@@ -302,7 +314,7 @@ def feed_forward_forward(
             activated.mul_(factor)
     else:
         activated = _activate(hidden, activation, factor)
-    out = F.linear(activated, weight2, bias2)
+    out = linear(activated, weight2, bias2)
     return out, (hidden if save == "hidden" else hidden.new_empty(0))
 
 
@@ -320,7 +332,7 @@ def feed_forward_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight1, bias1, weight2, bias2; None where not ``wanted``."""
     if save == "input":
-        hidden = F.linear(input, weight1, bias1)
+        hidden = linear(input, weight1, bias1)
         if activation == "relu":
             hidden = _activate(hidden, "relu", _activation_factor(dropout, hidden))
     grad = grad_out.reshape(-1, grad_out.shape[-1])
@@ -401,15 +413,15 @@ def dropout_add_forward(
     dtype = sum_dtype(input, residual)
     wide = accumulation_dtype(dtype)
     branch = input.to(wide)
-    if input_bias is not None:
-        branch = branch + input_bias
     factor = dropout.factor(input, RESIDUAL, wide)
-    if residual is None:
-        total = branch.clone() if factor is None else branch * factor
-    elif factor is None:
-        total = branch + residual
+    if factor is None:
+        total = branch.clone() if residual is None else branch + residual
+        if input_bias is not None:
+            total.add_(input_bias)
     else:
-        total = factor.mul_(branch).add_(residual)
+        total = factor.mul_(branch if input_bias is None else branch + input_bias)
+        if residual is not None:
+            total.add_(residual)
     return total.to(dtype).contiguous()
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastattn import dispatch, dropout, masks, packing
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
-from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
+from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward, linear
 from fastattn.ops.layer_norm import layer_norm
 
 __all__ = ["FusedEncoderLayer"]
@@ -209,12 +209,13 @@ class _Call:
         if layer.norm_first:
             branch = self.attention(self.norm("norm1", x))
             x, normed = self.add_norm(branch, x, "norm2", dropout.RESIDUAL_1, "dropout1")
+            del branch
             return self.add(self.feed_forward(normed), x, dropout.RESIDUAL_2, "dropout2")
         branch = self.attention(x)
         _, x = self.add_norm(branch, x, "norm1", dropout.RESIDUAL_1, "dropout1")
+        del branch  # so that the feed-forward block may have its memory
         branch = self.feed_forward(x)
-        _, x = self.add_norm(branch, x, "norm2", dropout.RESIDUAL_2, "dropout2")
-        return x
+        return self.add_norm(branch, x, "norm2", dropout.RESIDUAL_2, "dropout2")[1]
 
     # The two branches ----------------------------------------------------------------------
 
@@ -230,7 +231,7 @@ class _Call:
             dispatch.note("self_attn", "module", {"fused": reason})
             return Branch(self._attention_module(x), None, layer.dropout1)
         heads = attn.num_heads
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        qkv = linear(x, attn.in_proj_weight, attn.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, heads, attn.embed_dim // heads))
         packed = self.layout.cu_seqlens is not None
         sequence_first = not packed and x.dim() == 3 and not self.layout.batch_first
@@ -289,10 +290,9 @@ class _Call:
             **self.layout.rows,
         }
         if not any(reasons.values()):
-            bias2, deferred = (None, linear2.bias) if self.defers_bias(x) else (linear2.bias, None)
-            weights = (linear1.weight, linear1.bias, linear2.weight, bias2)
+            weights = (linear1.weight, linear1.bias, linear2.weight)
             out = feed_forward(x, *weights, activation=activation, **options)
-            return Branch(out, deferred, layer.dropout2)
+            return Branch(out, linear2.bias, layer.dropout2)
         for part in ("linear1", "activation", "dropout"):
             if reasons[part] is not None:
                 dispatch.note(part, "module", {"fused": reasons[part]})
@@ -314,19 +314,12 @@ class _Call:
         return Branch(*self.last_linear(linear2, "linear2", hidden), layer.dropout2)
 
     def last_linear(self, linear: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``linear(x)``, and its bias where that is left to the next op."""
+        """``linear(x)`` without its bias, which is left to the next op, where it is plain."""
         reason = why_module(linear, nn.Linear, NonDynamicallyQuantizableLinear)
         if reason is not None:
             dispatch.note(name, "module", {"fused": reason})
             return linear(x), None
-        if self.defers_bias(x):
-            return F.linear(x, linear.weight), linear.bias
-        return F.linear(x, linear.weight, linear.bias), None
-
-    def defers_bias(self, x: Tensor) -> bool:
-        """A fused kernel adds a bias for nothing; plain PyTorch does so in the matrix product."""
-        op = "dropout_add" if self.layer.norm_first else "dropout_add_layer_norm"
-        return dispatch.preview(op, x) != "pytorch"
+        return F.linear(x, linear.weight), linear.bias
 
     # What follows a branch -----------------------------------------------------------------
 
@@ -404,7 +397,7 @@ def why_module(module: nn.Module, *kinds: type) -> str | None:
     if _has_any_global_hook():
         return "there are global module hooks"
     for weight in state["_parameters"].values():
-        if weight is not None and not _is_plain(weight):
+        if type(weight) is not nn.Parameter and weight is not None and not _is_plain(weight):
             return f"its weights are {_kind(weight)}s"
     return None
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn.dropout import check_seed, check_site
+
 _library = torch.library.Library("fastattn", "DEF")
 
 #: The fields of :class:`fastattn.ops.dropout.TokenDropout`, as an op schema declares them.
@@ -168,8 +170,6 @@ def check_floating(name: str, dtype: torch.dtype | None) -> None:
 
 def check_dropout(dropout_p: float, seed: Tensor | None, site: int, input: Tensor) -> None:
     """Raise unless ``dropout_p`` is a probability and its decisions are well defined."""
-    from fastattn.dropout import check_seed, check_site
-
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
     check_site(site)

@@ -5,6 +5,8 @@ Backends: ``cuda``, ``cpu`` (C++), ``triton``, ``pytorch``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,9 +99,9 @@ def dropout_add_layer_norm(
     backend = dispatch.choose("dropout_add_layer_norm", input, backend)
     sum_dtype = fallback.sum_dtype(input, residual)
     arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(sum_dtype, input))
-    plain = leaves_it_to_torch(backend, sum_dtype) and not dropout.drops
-    if plain or needs_composite(input, input_bias, residual, weight, bias):
-        total = fallback.dropout_add_composite(input, input_bias, residual, dropout)
+    composite = needs_composite(input, input_bias, residual, weight, bias)
+    if composite or (leaves_it_to_torch(backend, sum_dtype) and not dropout.drops):
+        total = _plain_sum(composite, input, input_bias, residual, dropout)
         out = fallback.layer_norm_composite(total, weight, bias, arguments)
         copy = None if copy_dtype is None else out.to(copy_dtype)
     else:
@@ -143,10 +145,17 @@ def dropout_add(
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     backend = dispatch.choose("dropout_add", input, backend)
-    plain = backend == "pytorch" and not dropout.drops
-    if plain or needs_composite(input, input_bias, residual):
-        return fallback.dropout_add_composite(input, input_bias, residual, dropout)
+    composite = needs_composite(input, input_bias, residual)
+    if composite or (backend == "pytorch" and not dropout.drops):
+        return _plain_sum(composite, input, input_bias, residual, dropout)
     return apply(_DropoutAdd, input, input_bias, residual, *dropout, backend)
+
+
+def _plain_sum(composite: bool, *arguments: Any) -> Tensor:
+    """The sum without an op around it: in place where no derivative can be asked for."""
+    if composite or torch.is_grad_enabled():
+        return fallback.dropout_add_composite(*arguments)
+    return fallback.dropout_add_forward(*arguments)
 
 
 def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | None) -> None:

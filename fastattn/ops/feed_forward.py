@@ -6,6 +6,7 @@ Backends: ``triton``, ``pytorch``.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dispatch, fallback
@@ -160,6 +161,13 @@ def _check_feed_forward(
     check_vector("bias1", bias1, weight2)
     if bias2 is not None and bias2.shape != weight2.shape[:1]:
         raise mismatch("bias2", f"of shape {tuple(weight2.shape[:1])}", bias2.shape)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, a little faster on a CPU where autograd does not look."""
+    if torch.is_grad_enabled() or needs_composite(input, weight, bias):
+        return F.linear(input, weight, bias)
+    return fallback.linear(input, weight, bias)
 
 
 # --------------------------------------------------------------------- why not, per backend
