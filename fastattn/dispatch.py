@@ -7,7 +7,7 @@ to forward and backward as a string. A backend asked for by name is used or its 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,7 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
         RuntimeError: the backend asked for cannot run this call; the message says why.
     """
     if backend is None and _record is None and not _requested:
-        device = tensor.device.type
-        if (op, device) not in _always:
-            _always[op, device] = _unconditional(op, device)
-        taken = _always[op, device]
+        taken = _unconditional(op, tensor.device.type)
         if taken is not None:
             return taken
     taken = _select(op, tensor, backend, **facts)
@@ -117,10 +114,17 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
     return taken
 
 
+def is_plain_pytorch(device: str, ops: Iterable[str]) -> bool:
+    """Whether every call of ``ops`` on ``device`` takes the ``pytorch`` backend, unasked."""
+    return not _requested and all(_unconditional(op, device) == "pytorch" for op in ops)
+
+
 def _unconditional(op: str, device: str) -> str | None:
     """The best backend of ``op`` on ``device``, if it can run every call; None if that depends."""
-    best = next(name for name in _registry[op] if _DEVICES.get(name, device) == device)
-    return best if _registry[op][best].why_not is _can_always else None
+    if (op, device) not in _always:
+        best = next(name for name in _registry[op] if _DEVICES.get(name, device) == device)
+        _always[op, device] = best if _registry[op][best].why_not is _can_always else None
+    return _always[op, device]
 
 
 def _select(op: str, tensor: Tensor, backend: str | None, **facts: Any) -> str:

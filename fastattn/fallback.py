@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastattn.masks import Masks
 from fastattn.ops.arguments import AttentionArguments, NormArguments
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
 from fastattn.packing import pack, unpack
@@ -21,6 +22,59 @@ aten = torch.ops.aten
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------- a layer, for inference
+
+
+def encoder_layer_inference(
+    layer: nn.TransformerEncoderLayer, src: Tensor, masks: Masks, activation: str
+) -> Tensor:
+    """A whole plain encoder layer where nothing drops and no derivative can be asked for.
+
+    What the ops compute, with the residual sums in place and no Python between the products: on
+    a CPU that is what an op by op inference loses to torch's own fast path.
+    """
+    attn, norm1, norm2 = layer.self_attn, layer.norm1, layer.norm2
+    x = _norm(src, norm1) if layer.norm_first else src
+    out = F.linear(_self_attention(x, attn, masks), attn.out_proj.weight)
+    x = _add_in_place(out, attn.out_proj.bias, src)
+    if layer.norm_first:
+        residual, x = x, _norm(x, norm2)
+    else:
+        residual = x = _norm(x, norm1)
+    del out
+    weights = (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, None)
+    out, _ = feed_forward_forward(x, *weights, activation, TokenDropout(), save="input")
+    out = _add_in_place(out, layer.linear2.bias, residual)
+    return out if layer.norm_first else _norm(out, norm2)
+
+
+def _self_attention(x: Tensor, attn: nn.MultiheadAttention, masks: Masks) -> Tensor:
+    """Heads concatenated, before the output projection; shape and memory order of ``x``."""
+    head_dim = attn.embed_dim // attn.num_heads
+    qkv = linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    qkv = qkv.view(*x.shape[:-1], 3, attn.num_heads, head_dim)
+    if x.dim() == 2:
+        qkv = qkv[None]
+    elif not attn.batch_first:
+        qkv = qkv.transpose(0, 1)
+    arguments = AttentionArguments(
+        masks.key_padding_mask, masks.attn_mask, is_causal=masks.is_causal, scale=head_dim**-0.5
+    )
+    out = attention_without_dropout(*qkv.unbind(-3), arguments)
+    if x.dim() == 3 and not attn.batch_first:
+        out = out.transpose(0, 1)
+    return out.reshape(x.shape)
+
+
+def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    arguments = NormArguments(norm.weight, norm.bias, norm.eps, x.dtype)
+    return layer_norm_composite(x, norm.weight, norm.bias, arguments)
+
+
+def _add_in_place(branch: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return (branch if bias is None else branch.add_(bias)).add_(residual)
 
 
 # ------------------------------------------------------------------------------------- attention

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastattn import dispatch, dropout, masks, packing
+from fastattn import dispatch, dropout, fallback, masks, packing
+from fastattn.ops._library import transforms_active
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward, linear
@@ -111,6 +112,11 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             length=length,
             batched=src.dim() == 3,
         )
+        if _is_plain_inference(self, src):
+            why = "nothing drops and no gradient can be asked for"
+            dispatch.note("encoder_layer", "pytorch", {"op by op": why})
+            activation, _ = fused_activation(self.activation)
+            return fallback.encoder_layer_inference(self, src, canonical, activation)
         call = _Call(self, layout, canonical, (src_mask, src_key_padding_mask, is_causal), seed)
         return call.run(src)
 
@@ -408,6 +414,43 @@ def _is_plain(weight: Tensor) -> bool:
 
 def _kind(x: object) -> str:
     return type(x).__name__
+
+
+def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
+    """Whether the layer is plain throughout, on plain PyTorch, and only its output is asked for."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not layer.training
+        and type(src) is Tensor
+        and src.dtype in (torch.float32, torch.float64)
+        and not transforms_active()
+        and not torch.is_autocast_enabled(src.device.type)
+        and dispatch.is_plain_pytorch(src.device.type, _OPS)
+        and not (_overrides(layer, "_sa_block") or _overrides(layer, "_ff_block"))
+        and _why_attention_is_module(layer) is None
+        and fused_activation(layer.activation)[0] is not None
+        and not _drops(layer)
+        and all(why_module(module, kind) is None for module, kind in _plain_parts(layer))
+    )
+
+
+#: The ops of a layer.
+_OPS = ("attention_packed", "dropout_add_layer_norm", "dropout_add", "feed_forward", "layer_norm")
+
+
+def _plain_parts(layer: FusedEncoderLayer) -> tuple[tuple[nn.Module, type], ...]:
+    """The submodules besides attention and activation, and their types where nothing wraps them."""
+    return (
+        (layer.self_attn.out_proj, NonDynamicallyQuantizableLinear),
+        (layer.linear1, nn.Linear),
+        (layer.linear2, nn.Linear),
+        (layer.norm1, nn.LayerNorm),
+        (layer.norm2, nn.LayerNorm),
+        (layer.dropout, nn.Dropout),
+        (layer.dropout1, nn.Dropout),
+        (layer.dropout2, nn.Dropout),
+    )
 
 
 def _why_attention_is_module(layer: FusedEncoderLayer) -> str | None:

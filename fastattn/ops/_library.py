@@ -53,6 +53,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode AD is running."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether only plain differentiable PyTorch is right: torch.func or forward-mode AD."""
     if torch._C._are_functorch_transforms_active():  # the one question Dynamo understands
