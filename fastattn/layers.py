@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import dispatch, dropout, fallback, masks, packing
-from fastattn.ops._library import transforms_active
+from fastattn.ops._library import autocast_dtype, transforms_active
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward, linear
@@ -416,40 +416,36 @@ def _kind(x: object) -> str:
     return type(x).__name__
 
 
+#: The ops of a layer, and its parts besides attention and activation where nothing wraps them.
+_OPS = ("attention_packed", "dropout_add_layer_norm", "dropout_add", "feed_forward", "layer_norm")
+_PARTS = {
+    "linear1": nn.Linear,
+    "dropout": nn.Dropout,
+    "linear2": nn.Linear,
+    "norm1": nn.LayerNorm,
+    "norm2": nn.LayerNorm,
+    "dropout1": nn.Dropout,
+    "dropout2": nn.Dropout,
+}
+
+
 def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
     """Whether the layer is plain throughout, on plain PyTorch, and only its output is asked for."""
+    if torch.is_grad_enabled() or layer.training or torch.compiler.is_compiling():
+        return False
+    parts = layer._modules
     return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not layer.training
-        and type(src) is Tensor
+        type(src) is Tensor
         and src.dtype in (torch.float32, torch.float64)
+        and autocast_dtype(src) is None
         and not transforms_active()
-        and not torch.is_autocast_enabled(src.device.type)
         and dispatch.is_plain_pytorch(src.device.type, _OPS)
         and not (_overrides(layer, "_sa_block") or _overrides(layer, "_ff_block"))
-        and _why_attention_is_module(layer) is None
-        and fused_activation(layer.activation)[0] is not None
+        and all(why_module(parts[name], kind) is None for name, kind in _PARTS.items())
         and not _drops(layer)
-        and all(why_module(module, kind) is None for module, kind in _plain_parts(layer))
-    )
-
-
-#: The ops of a layer.
-_OPS = ("attention_packed", "dropout_add_layer_norm", "dropout_add", "feed_forward", "layer_norm")
-
-
-def _plain_parts(layer: FusedEncoderLayer) -> tuple[tuple[nn.Module, type], ...]:
-    """The submodules besides attention and activation, and their types where nothing wraps them."""
-    return (
-        (layer.self_attn.out_proj, NonDynamicallyQuantizableLinear),
-        (layer.linear1, nn.Linear),
-        (layer.linear2, nn.Linear),
-        (layer.norm1, nn.LayerNorm),
-        (layer.norm2, nn.LayerNorm),
-        (layer.dropout, nn.Dropout),
-        (layer.dropout1, nn.Dropout),
-        (layer.dropout2, nn.Dropout),
+        and _why_attention_is_module(layer) is None
+        and why_module(layer.self_attn.out_proj, NonDynamicallyQuantizableLinear) is None
+        and fused_activation(layer.activation)[0] is not None
     )
 
 

@@ -45,6 +45,8 @@ def canonical(
     Raises:
         AssertionError, RuntimeError: as torch does, in torch's words.
     """
+    if src_mask is None and src_key_padding_mask is None and not is_causal:
+        return Masks()
     _check_type(src_key_padding_mask, "src_key_padding_mask")
     _check_type(src_mask, "src_mask")
     if (
