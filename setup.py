@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 EXTENSION = Extension(
     "fastattn._C",
-    sources=["csrc/bindings.cpp", "csrc/dropout_cpu.cpp"],
-    depends=["csrc/dropout.h", "csrc/philox.h"],
+    sources=["csrc/bindings.cpp", "csrc/dropout_cpu.cpp", "csrc/inference_cpu.cpp"],
+    depends=["csrc/dropout.h", "csrc/inference.h", "csrc/parallel.h", "csrc/philox.h"],
     language="c++",
     optional=True,
 )

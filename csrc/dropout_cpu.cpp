@@ -3,28 +3,15 @@
 #include <algorithm>
 #include <cstring>
 
+#include "parallel.h"
 #include "philox.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "fastattn reads 32-bit words as pairs of 16-bit lanes, low half first: little-endian only"
 #endif
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-// Compile the marked functions once for every vector width; the loader picks one for the machine.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-#define FASTATTN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FASTATTN_CLONES
-#endif
-
 namespace fastattn {
 namespace {
-
-// Below this many elements waking other threads costs more than they save.
-constexpr int64_t kSingleThreadElements = 1 << 15;
 
 // Lanes of a run of calls, unmasked, in the order in which their elements lie in a row.
 struct LaneRow {
@@ -146,23 +133,6 @@ void token_rows(const Factor& factor, const TokenShape& shape, int64_t begin, in
              row * shape.columns + start - shape.column_offset);
     }
   }
-}
-
-// Calls work(begin, end) on one even share of 0 .. count - 1 per thread. A team is either whole or
-// one thread: resizing it would cost the caller's next parallel region its threads.
-template <typename Work>
-void in_parallel(int64_t count, int64_t elements, int num_threads, const Work& work) {
-#if defined(_OPENMP)
-  if (num_threads > 1 && elements > kSingleThreadElements && !omp_in_parallel()) {
-#pragma omp parallel num_threads(num_threads)
-    {
-      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-      work(count * thread / threads, count * (thread + 1) / threads);
-    }
-    return;
-  }
-#endif
-  work(int64_t{0}, count);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 """The C++ extension ``fastattn._C``: whether it is there, why not, and typed calls into it.
 
 It writes dropout *factors*: tensors that hold ``kept`` where the contract of
-:mod:`fastattn.dropout` keeps an element, and zero where it drops. Importing this module never fails
-and never compiles; the extension is built once, when the package is installed.
+:mod:`fastattn.dropout` keeps an element, and zero where it drops. For inference it does what lies
+between an encoder layer's matrix products in one pass. Importing this module never fails and never
+compiles; the extension is built once, when the package is installed.
 """
 
 from __future__ import annotations
@@ -137,6 +138,66 @@ def token_factor(
         torch.get_num_threads(),
     )
     return out
+
+
+def runs_inference(*tensors: Tensor | None) -> bool:
+    """Whether the extension is there and all these are contiguous fp32 tensors on the CPU."""
+    return _extension is not None and all(
+        x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous())
+        for x in tensors
+    )
+
+
+def add_bias_relu_(x: Tensor, bias: Tensor | None) -> Tensor:
+    """max(x + bias, 0) in place, in one pass.
+
+    Args:
+        x: (..., N), of which :func:`runs_inference` is true.
+        bias: (N,), likewise, or None.
+    """
+    _check_inference(x, bias)
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    _extension.add_bias_relu(x.data_ptr(), _address(bias), rows, columns, torch.get_num_threads())
+    return x
+
+
+def add_layer_norm_(
+    x: Tensor,
+    residual: Tensor,
+    x_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """LN(x + x_bias + residual) * weight + bias over the last dimension, in place of ``x``.
+
+    Args:
+        x, residual: (..., N), of which :func:`runs_inference` is true.
+        x_bias, weight, bias: (N,), likewise, or None.
+        eps: added to the variance.
+    """
+    _check_inference(x, x_bias, weight, bias)
+    if residual.shape != x.shape or not runs_inference(residual):
+        raise ValueError(f"residual must be contiguous fp32 of shape {tuple(x.shape)} on the CPU")
+    addresses = (_address(tensor) for tensor in (x, residual, x_bias, weight, bias))
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    _extension.add_layer_norm(*addresses, eps, rows, columns, torch.get_num_threads())
+    return x
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check_inference(x: Tensor, *vectors: Tensor | None) -> None:
+    if _extension is None:
+        raise RuntimeError(_why_not)
+    shapes_fit = all(vector is None or vector.shape == x.shape[-1:] for vector in vectors)
+    if not shapes_fit or not runs_inference(x, *vectors):
+        raise ValueError(
+            "x and its vectors must be contiguous fp32 tensors on the CPU, the vectors of shape "
+            f"{tuple(x.shape[-1:])}"
+        )
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import reference
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dropout, extension
@@ -220,3 +222,61 @@ def test_extension_of_another_contract_is_refused(monkeypatch: pytest.MonkeyPatc
     loaded, reason = extension._load()
     assert loaded is None
     assert "dropout contract" in reason
+
+
+SHAPES = [(1, 1), (3, 7), (64, 384), (2, 65, 768), (513, 127), (0, 8), (5, 0)]
+
+
+def vector(size: int, present: bool) -> Tensor | None:
+    return torch.randn(size) if present else None
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+def test_add_layer_norm_is_as_exact_as_torch(shape, affine, threads) -> None:
+    x, residual = torch.randn(shape), 3 + torch.randn(shape)
+    x_bias, weight, bias = (vector(shape[-1], affine) for _ in range(3))
+    branch = x.double() + (0 if x_bias is None else x_bias.double())
+    exact = reference.layer_norm(branch + residual.double(), weight, bias)
+    total = x + residual if x_bias is None else x + x_bias + residual
+    theirs = F.layer_norm(total, shape[-1:], weight, bias)
+    out = extension.add_layer_norm_(x, residual, x_bias, weight, bias, 1e-5)
+    assert out is x
+    if x.numel():
+        error, allowed = ((y.double() - exact).abs().max() for y in (out, theirs))
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_add_bias_relu_is_torchs(shape, biased, threads) -> None:
+    x, bias = torch.randn(shape), vector(shape[-1], biased)
+    if x.numel() > 4:
+        x.view(-1)[[0, 2, 3]] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    wanted = torch.relu(x if bias is None else x + bias)
+    assert extension.add_bias_relu_(x, bias) is x
+    torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_extension
+def test_nan_and_infinity_spread_over_their_row_only() -> None:
+    x = torch.randn(3, 40)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    out = extension.add_layer_norm_(x, torch.zeros(3, 40), None, None, None, 1e-5)
+    assert out[:2].isnan().all()
+    assert out[2].isfinite().all()
+
+
+@needs_extension
+def test_inference_arguments_are_checked() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="residual"):
+        extension.add_layer_norm_(x, torch.randn(4, 9), None, None, None, 1e-5)
+    for wrong in (torch.randn(7), torch.randn(8).double(), torch.randn(16)[::2]):
+        with pytest.raises(ValueError, match="vectors"):
+            extension.add_bias_relu_(x, wrong)
+    with pytest.raises(ValueError, match="contiguous"):
+        extension.add_bias_relu_(torch.randn(8, 4).t(), None)
+    assert not extension.runs_inference(x, x.double())
