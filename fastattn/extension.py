@@ -30,6 +30,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     """(the extension, None), or (None, why it is not there)."""
     try:
         extension = importlib.import_module("fastattn._C")
+        if Path(extension.__file__).parent != Path(__file__).parent:
+            # An editable installation elsewhere answers for modules that this one lacks.
+            raise ModuleNotFoundError("found in another installation", name="fastattn._C")
     except ImportError as error:
         status = Path(__file__).with_name("_build_status.txt")
         if status.is_file():

@@ -96,8 +96,12 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             AssertionError, RuntimeError: as the parent class, in its words.
             TypeError, ValueError: ``seed`` is not one int64 in a tensor.
         """
-        if seed is not None:
-            dropout.check_seed(seed)
+        if not isinstance(src, Tensor):
+            raise TypeError(f"src must be a Tensor, not {type(src).__name__}")
+        if not src.is_floating_point():
+            raise RuntimeError(f"src must be floating point, but got {src.dtype}")
+        if seed is not None and dropout.check_seed(seed).device != src.device:
+            raise ValueError(f"seed must be on {src.device}, but got {seed.device}")
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal, seed)
         self._check_source(src)
@@ -126,7 +130,9 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
                 "query should be unbatched 2D or batched 3D tensor "
                 f"but received {src.dim()}-D query tensor"
             )
-        width = self.self_attn.embed_dim
+        width, heads = self.self_attn.embed_dim, self.self_attn.num_heads
+        if width % heads:
+            raise AssertionError(f"embed_dim {width} not divisible by num_heads {heads}")
         if src.shape[-1] == width:
             return
         if self.norm_first:
@@ -331,7 +337,7 @@ class _Call:
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         norm = getattr(self.layer, name)
-        reason = why_module(norm, nn.LayerNorm)
+        reason = _why_norm_is_module(self.layer, norm)
         if reason is None:
             return layer_norm(x, norm.weight, norm.bias, norm.eps)
         dispatch.note(name, "module", {"fused": reason})
@@ -342,7 +348,7 @@ class _Call:
     ) -> tuple[Tensor | None, Tensor]:
         """(the sum where pre-norm needs it, its norm)."""
         norm = getattr(self.layer, norm_name)
-        reason = why_module(norm, nn.LayerNorm)
+        reason = _why_norm_is_module(self.layer, norm)
         if reason is not None:
             dispatch.note(norm_name, "module", {"fused": reason})
             total = self.add(branch, residual, kind, dropout_name)
@@ -442,11 +448,25 @@ def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
         and dispatch.is_plain_pytorch(src.device.type, _OPS)
         and not (_overrides(layer, "_sa_block") or _overrides(layer, "_ff_block"))
         and all(why_module(parts[name], kind) is None for name, kind in _PARTS.items())
+        and _why_norm_is_module(layer, parts["norm1"]) is None
+        and _why_norm_is_module(layer, parts["norm2"]) is None
         and not _drops(layer)
         and _why_attention_is_module(layer) is None
         and why_module(layer.self_attn.out_proj, NonDynamicallyQuantizableLinear) is None
         and fused_activation(layer.activation)[0] is not None
+        and all(
+            weight is None or weight.dtype == src.dtype
+            for module in (layer.self_attn, layer.self_attn.out_proj, *map(parts.get, _PARTS))
+            for weight in module._parameters.values()
+        )
     )
+
+
+def _why_norm_is_module(layer: FusedEncoderLayer, norm: nn.Module) -> str | None:
+    reason = why_module(norm, nn.LayerNorm)
+    if reason is None and norm.normalized_shape != (layer.self_attn.embed_dim,):
+        return f"it normalises over {tuple(norm.normalized_shape)}"
+    return reason
 
 
 def _why_attention_is_module(layer: FusedEncoderLayer) -> str | None:

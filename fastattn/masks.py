@@ -74,6 +74,8 @@ def canonical(
 
 
 def _check_type(mask: Tensor | None, name: str) -> None:
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, not {type(mask).__name__}")
     if mask is not None and mask.dtype != torch_bool and not mask.is_floating_point():
         raise AssertionError(f"only bool and floating types of {name} are supported")
 

@@ -85,3 +85,47 @@ def test_so_does_a_layer_that_may_be_differentiated() -> None:
     with torch.no_grad():
         tangent = torch.func.jvp(layer, (src,), (torch.ones_like(src),))[1]
     assert tangent.abs().max() > 0
+
+
+def test_a_norm_over_more_than_the_features_is_called_as_a_module() -> None:
+    layer = FusedEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    stock = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    stock.load_state_dict(layer.state_dict())
+    for each in (layer, stock):
+        each.norm1 = each.norm2 = nn.LayerNorm((9, 16))
+    src = torch.randn(3, 9, 16)
+    torch.testing.assert_close(layer(src), stock(src))
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(src), stock.train()(src))
+
+
+def test_parameters_of_several_dtypes_run_op_by_op() -> None:
+    layer = layer_of()
+    layer.norm1.double()
+    with torch.no_grad():
+        assert "attention_packed" in parts_of(layer, torch.randn(3, 9, 16))
+
+
+def test_meta_tensors() -> None:
+    layer, src = layer_of().to("meta"), torch.randn(3, 9, 16, device="meta")
+    with torch.no_grad():
+        assert layer(src).shape == src.shape
+    assert layer(src).shape == src.shape
+
+
+def test_wrong_arguments_are_named_as_with_gradients() -> None:
+    layer, src = layer_of(), torch.randn(3, 9, 16)
+    wrong = [
+        (dict(src=[1.0]), TypeError, "src must be a Tensor"),
+        (dict(src=src.long()), RuntimeError, "src must be floating point"),
+        (dict(src=src, src_mask=[True]), TypeError, "src_mask must be a Tensor"),
+        (dict(src=src, src_key_padding_mask="x"), TypeError, "src_key_padding_mask must be"),
+        (dict(src=src, seed=torch.zeros(1, dtype=torch.long, device="meta")), ValueError, "seed"),
+    ]
+    for arguments, error, message in wrong:
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
+                layer(**arguments)
+    layer.self_attn.num_heads = 3
+    with pytest.raises(AssertionError, match="embed_dim 16 not divisible by num_heads 3"):
+        layer(src)
