@@ -56,10 +56,9 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
     feed-forward block (Vaswani et al., 2017; Xiong et al., 2020).
 
     The constructor, ``state_dict``, masks and errors are those of the parent class; in addition
-    ``activation`` may be ``nn.Identity()``, fully masked rows give attention output 0 on every
-    path, and float masks get gradients. A submodule that is more than its plain weights (hooks,
-    parametrisations, wrappers, subclasses, sharded weights) is called as a module, and what
-    remains is fused; :func:`fastattn.explain` says which.
+    fully masked rows give attention output 0 on every path. A submodule that is more than its
+    plain weights (hooks, parametrisations, wrappers, subclasses, sharded weights) is called as a
+    module, and what remains is fused; :func:`fastattn.explain` says which.
 
     Under dropout, which elements drop is a pure function of a seed (:mod:`fastattn.dropout`), drawn
     once per call from torch's generator, or given to ``forward``.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, dropout, extension
+from fastattn.extension import ACTIVATION as ACTIVATION
+from fastattn.extension import RESIDUAL as RESIDUAL
 from fastattn.ops._library import TOKEN_DROPOUT, define, mismatch
-
-ACTIVATION, RESIDUAL = 0, 1  # groupings of token-wise sites
 
 
 class AttentionDropout(NamedTuple):
