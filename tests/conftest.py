@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+#: Interpreted kernels need a process of their own: tests/test_interpreted.py starts it.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

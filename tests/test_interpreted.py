@@ -1,0 +1,32 @@
+"""Runs ``tests/interpreted``, the tests of Triton kernels on a CPU, in a process of its own.
+
+Triton decides when a kernel is defined whether it is compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_interpreted_kernels() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)],
+        cwd=FOLDER.parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    passed = re.search(r"^(\d+) passed", run.stdout, re.MULTILINE)
+    assert passed and int(passed[1]) > 0, run.stdout
