@@ -6,12 +6,14 @@ TRITON := triton==3.7.1; sys_platform == 'linux'
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install test bench lint format clean
+.PHONY: help install test bench kernel-report gpu-check lint format clean
 
 help:
 	@echo "make install   .venv with fastattn (editable) and everything its tests need"
 	@echo "make test      run the tests; those that need a GPU are skipped without one"
-	@echo "make bench     run the benchmarks on this machine and print the table"
+	@echo "make bench     run the quick benchmarks on this machine and print the tables"
+	@echo "make kernel-report   compile the GPU kernels, without a GPU, and hold them to their budgets"
+	@echo "make gpu-check OUT=folder   test and benchmark on a GPU, in less than nine minutes; ONLY=op,op"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    let ruff put imports and formatting right"
 	@echo "make clean     remove .venv and whatever was built"
@@ -22,7 +24,23 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --quick
+
+kernel-report: $(STAMP)
+	$(BIN)/python tests/compiled/report.py
+
+# In .venv if that is there, else with a torch that PYTHON brings, and then nothing is installed.
+gpu-check:
+	@if [ -z "$(OUT)" ]; then \
+		echo "fastattn: say where to: make gpu-check OUT=folder [ONLY=attention,layer_norm]" >&2; \
+		exit 2; \
+	fi; \
+	if [ ! -e $(STAMP) ] && $(PYTHON) -c "import torch" 2>/dev/null; then \
+		python="$(PYTHON)"; \
+	else \
+		$(MAKE) install && python=$(BIN)/python || exit 1; \
+	fi; \
+	$$python -m benchmarks.gpu_check "$(OUT)" $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

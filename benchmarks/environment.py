@@ -18,6 +18,8 @@ import fastattn
 from fastattn import extension
 from fastattn.dropout import CONTRACT_VERSION
 
+from .cases import COMPILED
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,14 +36,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says about this checkout; None without git or outside one."""
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it fails or is not there."""
     try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this checkout; None without git or outside one."""
+    return _output("git", "-C", str(ROOT), *arguments)
 
 
 def _commit() -> tuple[str | None, bool | None]:
@@ -51,6 +56,19 @@ def _commit() -> tuple[str | None, bool | None]:
         return None, None
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return _git("rev-parse", "--short", "HEAD"), bool(changes)
+
+
+def _gpu() -> dict:
+    """The device's own figures, and its driver as nvidia-smi names it."""
+    properties = torch.cuda.get_device_properties("cuda")
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }
 
 
 def environment(device: str) -> dict:
@@ -66,7 +84,9 @@ def environment(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "gpu": _gpu() if device == "cuda" else None,
         "triton": _version("triton"),
+        "liger_kernel": _version("liger-kernel"),
         "python": platform.python_version(),
         "os": platform.platform(),
         "fastattn": fastattn.__version__,
@@ -74,7 +94,7 @@ def environment(device: str) -> dict:
         "commit": commit,
         "dirty": dirty,
         "extension": {"available": extension.available(), "why_not": extension.why_not()},
-        "torch_compile": "torch.compile(layer): inductor, default mode",
+        "torch_compile": COMPILED,
         "torch_build": torch.__config__.show(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),

@@ -1,29 +1,24 @@
-"""Results files, the tables made of them and the plot."""
+"""Results files, and the tables made of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from itertools import count, groupby
 from pathlib import Path
-from textwrap import fill
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
 from .environment import ROOT, device_slug
 from .suite import FORMAT, VERSION
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
-
 RESULTS = ROOT / "benchmarks" / "results"
-COLOURS = {"stock compiled": "#9aa0a6", "fastattn": "#1a73e8", "fastattn compiled": "#0b3d91"}
 FIGURES = (
-    *("median ms", "p20-p80", "tokens/s", "speedup over stock", "over stock compiled"),
-    *("peak MB", "saved MB"),
+    *("median ms", "p20-p80", "tokens/s", "TFLOP/s", "GB/s", "% of copy", "% of floor"),
+    *("peak MB", "saved MB", "launches", "speedup of fastattn"),
 )
 
 
@@ -45,71 +40,88 @@ def load(path: Path) -> dict:
         raise ResultsError(
             f"{path} has version {results.get('version')}, this program reads version {VERSION}"
         )
-    missing = {"environment", "method", "cases", "rows"} - results.keys()
+    missing = {"environment", "method", "ceilings", "cases", "rows"} - results.keys()
     if missing:
         raise ResultsError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
     return results
 
 
-def save(results: dict, folder: Path | None = None) -> tuple[Path, Path]:
-    """Writes `<date>-<commit>.json` and `.png` to the folder (`benchmarks/results/<device>`).
+def new_path(environment: dict, folder: Path | None = None) -> Path:
+    """Where a new result goes: `<folder>/<date>-<commit>.json`, or a neighbour `-2` and up.
 
-    Each is written beside its place and renamed; an existing result gets a neighbour, `-2` and up.
+    The folder, by default `benchmarks/results/<device>`, is made.
     """
-    environment = results["environment"]
     folder = RESULTS / device_slug(environment) if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{environment['date'][:10]}-{environment['commit'] or 'no-commit'}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
-    paths = next(
-        pair
-        for pair in ((folder / f"{name}.json", folder / f"{name}.png") for name in names)
-        if not any(path.exists() for path in pair)
-    )
-    parts = [path.with_name(f".{os.getpid()}-{path.name}") for path in paths]
+    return next(folder / f"{name}.json" for name in names if not (folder / f"{name}.json").exists())
+
+
+def save(results: dict, path: Path) -> None:
+    """Write a results file beside its place, then rename it: it is never there half written."""
+    part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        parts[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        plot(results, parts[1])
-        for part, path in zip(parts, paths, strict=True):
-            part.rename(path)
+        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-    return paths
+        part.unlink(missing_ok=True)
 
 
-def _by_mode(results: dict) -> list[tuple[str, str, dict[str, dict]]]:
-    """`(case, mode, {provider: row})` in the order of the run."""
-    groups = groupby(results["rows"], key=lambda row: (row["case"], row["mode"]))
-    return [(*key, {row["provider"]: row for row in rows}) for key, rows in groups]
+def faults(results: dict) -> list[dict]:
+    """Rows that are wrong through us: fastattn, or the baseline that it is held against.
+
+    A compiled provider that fails is none, since a compiler may be missing; one that computes
+    something else is.
+    """
+    return [
+        row
+        for row in results["rows"]
+        if row["status"] == "mismatch"
+        and row["provider"].startswith("fastattn")
+        or row["status"] == "failed"
+        and row["provider"] in ("fastattn", "stock", "sdpa", "eager")
+    ]
 
 
-def _speedup(row: dict, peer: str) -> str:
-    ratio = row.get("speedup_over", {}).get(peer)
-    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else ""
+def by_case(results: dict, ops: Iterable[str] | None = None) -> Iterator[tuple[dict, list[dict]]]:
+    """`(case, its rows)` in the order of the run."""
+    cases = {(case["op"], case["name"]): case for case in results["cases"]}
+    for key, rows in groupby(results["rows"], key=lambda row: (row["op"], row["case"])):
+        if ops is None or key[0] in ops:
+            yield cases[key], list(rows)
 
 
 def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.1f}"
 
 
+def _interval(ratio: dict) -> str:
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
 def _match(row: dict) -> str:
-    """The verdict and the worst error of outputs and of gradients over stock eager's."""
-    if row["match"] is None:
+    """The verdict and the worst error of outputs and of gradients over the eager baseline's."""
+    if row.get("match") is None:
         return ""
     worst = [row["match"][kind] for kind in ("output", "gradient")]
     multiples = "/".join(f"{v['error'] / (v['eager_error'] or math.inf):.1f}" for v in worst)
     return f"{'ok' if row['match']['ok'] else 'MISMATCH'} {multiples}"
 
 
-def withheld(results: dict) -> list[str]:
+def withheld(rows: Iterable[dict]) -> list[str]:
     """What is not reported and why, one line for all the modes that share a reason."""
     modes: dict[str, list[str]] = {}
-    for row in results["rows"]:
+    for row in rows:
         if row["status"] != "ok":
-            line = f"{row['case']}, {row['provider']}: {row['status'].upper()}, {row['reason']}"
+            line = f"{row['op']} {row['case']}, {row['provider']}: "
+            line += f"{row['status'].upper()}, {row['reason']}"
             modes.setdefault(line, []).append(row["mode"])
-    return [f"{line} ({', '.join(names)})" for line, names in modes.items()]
+    return [f"{line} ({', '.join(dict.fromkeys(names))})" for line, names in modes.items()]
 
 
 def headline(results: dict) -> str:
@@ -124,101 +136,139 @@ def headline(results: dict) -> str:
     )
 
 
+def ceilings(results: dict) -> str:
+    """What the machine reached: the measure of the shares."""
+    c = results["ceilings"]
+    return (
+        f"ceilings measured in this run: copy {c['copy_bytes_per_s'] / 1e9:,.0f} GB/s, matrix "
+        f"product {c['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s ({c['matmul']})"
+    )
+
+
+def _dropout(case: dict, rows: list[dict]) -> str:
+    """The probability with which every provider that was looked at really drops."""
+    measured = {
+        row["provider"]: row["dropout_measured"] for row in rows if "dropout_measured" in row
+    }
+    each = ", ".join(f"{provider} {p:.4f}" for provider, p in measured.items())
+    return f"dropout asked for {case['dropout']:g}, measured: {each}" if each else ""
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _cells(row: dict) -> list[str]:
+    if row["status"] != "ok":
+        return [row["status"].upper(), *[""] * (len(FIGURES) - 1)]
+    speedup, launches = row.get("fastattn_speedup"), row.get("launches")
+    return [
+        _milliseconds(row["median_ms"]),
+        f"{_milliseconds(row['p20_ms'])}-{_milliseconds(row['p80_ms'])}",
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['tflops']:.2f}",
+        f"{row['gb_per_s']:,.0f}" if "gb_per_s" in row else "",
+        _percent(row.get("copy_share")),
+        _percent(row["floor_share"]),
+        _megabytes(row.get("peak_bytes")),
+        _megabytes(row.get("saved_bytes")),
+        "" if launches is None else str(launches),
+        _interval(speedup) if speedup else "",
+    ]
+
+
 def print_tables(results: dict, console: Console) -> None:
-    """One table per size, then what was withheld."""
-    for case in results["cases"]:
-        table = Table(title=f"{case['name']}, {case['dtype']}, dropout {case['dropout']}")
+    """One table per op and size, then what was withheld."""
+    for case, rows in by_case(results):
+        on_gpu = results["environment"]["device"] == "cuda"
+        table = Table(
+            title=f"{case['op']}, {case['name']}, dropout {case['dropout']}",
+            caption=_dropout(case, rows),
+        )
         for heading in ("mode", "provider"):
             table.add_column(heading, no_wrap=True)
         for heading in FIGURES:
             table.add_column(heading, justify="right")
         table.add_column("match, x eager")
-        for name, mode, rows in _by_mode(results):
-            if name != case["name"]:
-                continue
-            for provider, row in rows.items():
-                timed = row["status"] == "ok"
-                table.add_row(
-                    mode,
-                    provider,
-                    f"{row['median_ms']:.2f}" if timed else row["status"].upper(),
-                    f"{row['p20_ms']:.2f}-{row['p80_ms']:.2f}" if timed else "",
-                    f"{row['tokens_per_s']:,.0f}" if timed else "",
-                    _speedup(row, "stock"),
-                    _speedup(row, "stock compiled"),
-                    _megabytes(row["peak_bytes"]),
-                    _megabytes(row["saved_bytes"]),
-                    _match(row),
-                )
-                mode = ""
+        for (mode, launch), group in groupby(rows, key=lambda row: (row["mode"], row["launch"])):
+            label = f"{mode}, {launch}" if on_gpu else mode
+            for row in group:
+                if row["status"] != "skipped":
+                    table.add_row(label, row["provider"], *_cells(row), _match(row))
+                    label = ""
             table.add_section()
         console.print(table)
-    for line in withheld(results):
+    for line in withheld(results["rows"]):
         console.print(f"withheld: {line}", markup=False, highlight=False)
+    for line in results["not_run"]:
+        console.print(f"not run, the time was up: {line}", markup=False, highlight=False)
 
 
-def markdown(results: dict, source: str) -> str:
-    """The README's table: each provider's time and what fastattn gains, like with like."""
+def _time_cell(row: dict) -> str:
+    if row["status"] != "ok":
+        return "withheld"
+    speedup = row.get("fastattn_speedup")
+    return _milliseconds(row["median_ms"]) + (f" ({_interval(speedup)})" if speedup else "")
+
+
+def _memory_cell(baseline: dict, ours: dict, key: str) -> str:
+    if baseline.get(key) is None or ours.get(key) is None:
+        return ""
+    return f"{_megabytes(baseline[key])} → {_megabytes(ours[key])}"
+
+
+def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]]) -> list[str]:
+    rows = [row for _, rows in cases for row in rows]
+    absent = "skipped"
+    providers = list(dict.fromkeys(row["provider"] for row in rows if row["status"] != absent))
+    launches = len({row["launch"] for row in rows}) > 1
+    lead = ["size", "mode", *(["launches"] if launches else [])]
+    tail = [f"{kind} MB, {providers[0]} → fastattn" for kind in ("peak", "saved")]
+    lines = [
+        f"| {' | '.join([*lead, *providers, *tail])} |",
+        f"|{'---|' * len(lead)}{'--:|' * (len(providers) + len(tail))}",
+    ]
+    for case, of_case in cases:
+        for (mode, launch), group in groupby(of_case, key=lambda row: (row["mode"], row["launch"])):
+            by_provider = {row["provider"]: row for row in group}
+            times = [
+                _time_cell(by_provider[name]) if name in by_provider else "" for name in providers
+            ]
+            baseline, ours = by_provider[providers[0]], by_provider.get("fastattn", {})
+            memory = [_memory_cell(baseline, ours, f"{kind}_bytes") for kind in ("peak", "saved")]
+            cells = [case["name"], mode, *([launch] if launches else []), *times, *memory]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [f"**`{op}`**", "", *lines]
+
+
+def markdown(results: dict, source: str, ops: Iterable[str] | None = None) -> str:
+    """A table per op for the documents: times, and fastattn's speedup over each peer."""
     lines = [
         f"{headline(results)}.",
-        f"Medians of {results['method']['rounds']} interleaved rounds in ms; speedups are medians "
-        f"of per-round ratios with 95 % bootstrap intervals. From `{source}`.",
-        "",
-        "| size | mode | stock | stock compiled | fastattn | fastattn compiled | speedup, eager "
-        "| speedup, compiled | peak MB, stock → fastattn | saved MB, stock → fastattn |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"Medians of {results['method']['rounds']} interleaved rounds in ms; in parentheses how "
+        "many times as fast fastattn is, run the same way: the median of per-round ratios with its "
+        f"95 % bootstrap interval. From `{source}`.",
     ]
-    for case, mode, rows in _by_mode(results):
-        stock, fused = rows["stock"], rows["fastattn"]
-        times = [
-            f"{rows[name]['median_ms']:.2f}" if rows[name]["status"] == "ok" else "withheld"
-            for name in ("stock", "stock compiled", "fastattn", "fastattn compiled")
-        ]
-        memory = [
-            " → ".join(_megabytes(row[key]) for row in (stock, fused)) if fused[key] else ""
-            for key in ("peak_bytes", "saved_bytes")
-        ]
-        speedups = [
-            _speedup(fused, "stock"),
-            _speedup(rows["fastattn compiled"], "stock compiled"),
-        ]
-        lines.append(f"| {' | '.join([case, mode, *times, *speedups, *memory])} |")
+    for op, cases in groupby(by_case(results, ops), key=lambda pair: pair[0]["op"]):
+        lines += ["", *_markdown_table(op, list(cases))]
     return "\n".join(lines)
 
 
-def plot(results: dict, path: Path) -> None:
-    """Bars of speedup over stock eager, a panel per size, a group per mode, interval whiskers."""
-    cases = [case["name"] for case in results["cases"]]
-    groups = _by_mode(results)
-    modes = list(dict.fromkeys(mode for _, mode, _ in groups))
-    figure, axes = pyplot.subplots(
-        1,
-        len(cases),
-        figsize=(5 * len(cases), 4.5),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, case in zip(axes[0], cases, strict=True):
-        rows = {mode: rows for name, mode, rows in groups if name == case}
-        for index, (provider, colour) in enumerate(COLOURS.items()):
-            for position, mode in enumerate(modes):
-                row = rows[mode].get(provider, {})
-                ratio = row.get("speedup_over", {}).get("stock")
-                x = position + 0.27 * (index - 1)
-                if ratio is None:
-                    axis.text(x, 0.02, "withheld", rotation=90, ha="center", fontsize=7)
-                    continue
-                whisker = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
-                axis.bar(x, ratio["median"], 0.25, yerr=whisker, color=colour, capsize=2)
-        axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axis.set_xticks(range(len(modes)), [mode.replace("+", "+\n") for mode in modes], fontsize=8)
-        axis.set_xlim(-0.6, len(modes) - 0.4)
-        axis.set_xlabel("mode")
-        axis.set_title(case)
-    axes[0][0].set_ylabel("speedup over stock eager")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, COLOURS, loc="outside lower center", ncols=len(COLOURS))
-    figure.suptitle(fill(headline(results), 75 * len(cases)), fontsize=9)
-    figure.savefig(path, dpi=130, format="png")
-    pyplot.close(figure)
+def write_into(document: Path, results: dict, source: str) -> None:
+    """Put the table between the two comments that mark it in a document.
+
+    Where they say `<!-- results:start encoder_layer -->`, of these ops only.
+    """
+    text = document.read_text(encoding="utf-8")
+    start = text.find("<!-- results:start")
+    end = text.find("<!-- results:end -->")
+    if not 0 <= start < end:
+        raise ResultsError(f"{document} has no place for results: <!-- results:start --> ... end")
+    opening = text[start : text.index("-->", start) + 3]
+    table = markdown(results, source, ops_in(opening))
+    document.write_text(f"{text[:start]}{opening}\n{table}\n{text[end:]}", encoding="utf-8")
+
+
+def ops_in(opening: str) -> list[str] | None:
+    """The ops that an opening comment names, None where it means all."""
+    return opening.removeprefix("<!-- results:start").removesuffix("-->").split() or None

@@ -4,7 +4,9 @@
 
 #include <cstdint>
 
-#if defined(_MSC_VER)
+#if defined(__CUDACC__)
+#define FASTATTN_INLINE __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
 #define FASTATTN_INLINE __forceinline
 #else
 #define FASTATTN_INLINE inline __attribute__((always_inline))
@@ -18,6 +20,21 @@ constexpr uint32_t kLaneMask = (1u << 14) - 1;
 
 // Calls made in one go: enough to fill the widest vectors, few enough to stay in the L1 cache.
 constexpr int kCallsPerRun = 64;
+
+// The four words of the call with counter (c0, c1, c2, c3), left in their places.
+FASTATTN_INLINE void philox(uint64_t seed, uint32_t& c0, uint32_t& c1, uint32_t& c2,
+                            uint32_t& c3) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = uint64_t{c0} * 0xD2511F53u, product2 = uint64_t{c2} * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(product2 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(product2);
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
 
 // Words of a run of calls, one array for each of a call's four words.
 struct PhiloxRun {
@@ -37,16 +54,7 @@ FASTATTN_INLINE void philox_run(const PhiloxKey& key, uint32_t first, int calls,
   for (int i = 0; i < padded; ++i) {
     uint32_t c0 = key.counter0, c1 = first + static_cast<uint32_t>(i);
     uint32_t c2 = key.counter2, c3 = key.counter3;
-    uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const uint64_t product0 = uint64_t{c0} * 0xD2511F53u, product2 = uint64_t{c2} * 0xCD9E8D57u;
-      c0 = static_cast<uint32_t>(product2 >> 32) ^ c1 ^ k0;
-      c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-      c1 = static_cast<uint32_t>(product2);
-      c3 = static_cast<uint32_t>(product0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    philox(key.seed, c0, c1, c2, c3);
     run.word[0][i] = c0;
     run.word[1][i] = c1;
     run.word[2][i] = c2;

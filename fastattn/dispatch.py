@@ -7,6 +7,10 @@ to forward and backward as a string. A backend asked for by name is used or its 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +30,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "dropout_factor": ("cpu", "pytorch"),
 }
 
-_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
+#: Triton's interpreter, for tests, runs kernels on CPU tensors.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = {"triton": "cpu" if _INTERPRETED else "cuda", "cuda": "cuda", "cpu": "cpu"}
 
 
 def _can_always(**facts: Any) -> None:
@@ -35,7 +41,10 @@ def _can_always(**facts: Any) -> None:
 
 @dataclass
 class Backend:
-    """One implementation of an op: an object with its functions, and what it cannot do."""
+    """One implementation of an op: an object with its functions, and what it cannot do.
+
+    The object may be the name of a module, which is imported when the op first runs there.
+    """
 
     functions: Any
     why_not: Callable[..., str | None] = _can_always
@@ -64,7 +73,10 @@ class Choice:
 def register(
     op: str, backend: str, functions: Any, why_not: Callable[..., str | None] | None = None
 ) -> None:
-    """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do."""
+    """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do.
+
+    ``functions`` is an object that has them, or the name of a module to import when they first run.
+    """
     _known(op, backend)
     _always.clear()
     _registry[op][backend] = Backend(functions, why_not) if why_not else Backend(functions)
@@ -73,7 +85,10 @@ def register(
 
 def functions(op: str, backend: str) -> Any:
     """The implementation that ``backend`` registered for ``op``."""
-    return _registry[op][backend].functions
+    entry = _registry[op][backend]
+    if isinstance(entry.functions, str):
+        entry.functions = importlib.import_module(entry.functions)
+    return entry.functions
 
 
 def why_not(op: str, backend: str, device: torch.device, **facts: Any) -> str | None:
@@ -85,6 +100,28 @@ def why_not(op: str, backend: str, device: torch.device, **facts: Any) -> str | 
     if device.type != wanted:
         return f"runs on {wanted}, not on {device.type}"
     return entry.why_not(device=device, **facts)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on ``device``; None if they can."""
+    return _why_not_triton(device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+why_not_triton._dynamo_marked_constant = True
+
+
+@functools.cache
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "needs compute capability 8.0 or higher, not {}.{}".format(*capability)
+    return None
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -133,6 +134,51 @@ def test_the_best_backend_that_can_run_is_taken(monkeypatch):
     with use_backend("pytorch"):
         choice = choices(explain(small, src()))["attention_packed"]
     assert choice.taken == "pytorch" and choice.why_not == {"triton": "pytorch was asked for"}
+
+
+def test_a_module_given_by_name_is_imported_when_it_first_runs(monkeypatch, tmp_path):
+    registry = {op: dict(entries) for op, entries in dispatch._registry.items()}
+    monkeypatch.setattr(dispatch, "_registry", registry)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kernels_of_a_test.py").write_text("loaded = True\n")
+    dispatch.register("attention", "triton", "kernels_of_a_test")
+    dispatch.why_not("attention", "triton", CPU)
+    assert "kernels_of_a_test" not in sys.modules
+    assert dispatch.functions("attention", "triton").loaded
+    assert dispatch.functions("attention", "triton") is sys.modules.pop("kernels_of_a_test")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA device of compute capability 8.0, as far as dispatch asks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    dispatch._why_not_triton.cache_clear()
+    yield
+    dispatch._why_not_triton.cache_clear()
+
+
+def why_not_the_kernel(**facts: object) -> str | None:
+    cuda = torch.device("cuda", 0)
+    return dispatch.why_not("bias_activation_dropout", "triton", cuda, **facts)
+
+
+def test_triton_runs_on_ampere(gpu):
+    assert why_not_the_kernel() is None
+    assert why_not_the_kernel(dtypes=(torch.bfloat16, torch.float32)) is None
+    assert "not torch.float8_e5m2" in why_not_the_kernel(dtypes=(torch.float8_e5m2,))
+
+
+def test_triton_says_what_the_machine_lacks(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert why_not_the_kernel() == "needs compute capability 8.0 or higher, not 7.5"
+    dispatch._why_not_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not_the_kernel() == "torch sees no CUDA device"
+    dispatch._why_not_triton.cache_clear()
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert why_not_the_kernel() == "triton is not installed"
 
 
 # ------------------------------------------------------------------------------------------ explain

@@ -224,4 +224,4 @@ def wanted_only(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Te
 
 def column_sum(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a bias: the sum over all rows of (..., N)."""
-    return rows.reshape(-1, rows.shape[-1]).sum(0).to(dtype)
+    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).sum(0).to(dtype)

@@ -125,7 +125,8 @@ def bias_activation_dropout(
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
-    backend = dispatch.choose("bias_activation_dropout", input, backend, activation=activation)
+    dtypes = (input.dtype,) if bias is None else (input.dtype, bias.dtype)
+    backend = dispatch.choose("bias_activation_dropout", input, backend, dtypes=dtypes)
     if needs_composite(input, bias) or (backend == "pytorch" and not dropout.drops):
         return fallback.bias_activation_dropout_composite(input, bias, activation, dropout)
     return apply(_BiasActivationDropout, input, bias, activation, *dropout, backend)
@@ -172,8 +173,27 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # --------------------------------------------------------------------- why not, per backend
 
-for _op in ("feed_forward", "bias_activation_dropout"):
-    dispatch.register(_op, "pytorch", fallback)
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def why_not_triton(
+    device: torch.device, dtypes: tuple[torch.dtype, ...] = (), **facts: object
+) -> str | None:
+    """Why the Triton kernels of ``bias_activation_dropout`` cannot run a call."""
+    for dtype in dtypes:
+        if dtype not in _TRITON_DTYPES:
+            return f"its kernels take fp16, bf16, fp32 and fp64, not {dtype}"
+    return dispatch.why_not_triton(device)
+
+
+dispatch.register("feed_forward", "pytorch", fallback)
+dispatch.register("bias_activation_dropout", "pytorch", fallback)
+dispatch.register(
+    "bias_activation_dropout",
+    "triton",
+    "fastattn.kernels.bias_activation_dropout",
+    why_not_triton,
+)
 
 
 # ------------------------------------------------------------- schema, fake, implementation

@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from sanitizer import Sanitizer
 from torch import Tensor
 
-from fastattn import bias_activation_dropout, dispatch, dropout, explain, use_backend
+from fastattn import (
+    FusedEncoderLayer,
+    bias_activation_dropout,
+    dispatch,
+    explain,
+    use_backend,
+)
 from fastattn.kernels import bias_activation_dropout as kernels
 from fastattn.ops.dropout import TokenDropout
 
@@ -178,7 +184,7 @@ def check(input: Tensor, bias: Tensor | None, dropout_p: float, activation: str 
 @pytest.mark.parametrize("activation", EAGER)
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 def test_accuracy_of_dtypes(dtype: torch.dtype, activation: str, dropout_p: float) -> None:
-    input, bias = 3 * torch.randn(3, 40, 72), torch.randn(72)
+    input, bias = 3 * torch.randn(3, 20, 72), torch.randn(72)
     check(input.to(dtype), bias.to(dtype), dropout_p, activation)
 
 
@@ -198,14 +204,22 @@ def test_accuracy_of_layouts(layout: str, dropout_p: float) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
-@pytest.mark.parametrize("shape", [(7,), (1, 1), (1, 1000), (0, 8), (2, 0, 8), (3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (1, 1), (1, 1000), (0, 8), (2, 0, 8)], ids=str)
 def test_accuracy_of_shapes(shape: tuple[int, ...], dropout_p: float) -> None:
     check(torch.randn(shape), torch.randn(shape[-1]), dropout_p, "relu")
 
 
+def test_no_columns() -> None:
+    options = dropout_of()
+    out = kernels.bias_activation_dropout_forward(torch.ones(3, 0), torch.ones(0), "relu", options)
+    assert out.shape == (3, 0)
+    grad = kernels.bias_activation_dropout_backward(out, out, torch.ones(0), "relu", options)
+    assert grad.shape == (3, 0)
+
+
 @pytest.mark.parametrize("activation", EAGER)
-def test_fp32_erf_is_accurate_everywhere(activation: str) -> None:
-    """Values and slopes on a fine grid, tails included, not only where inputs are likely."""
+def test_accuracy_in_the_tails(activation: str) -> None:
+    """Values and slopes on a fine grid, not only where inputs are likely."""
     x = torch.linspace(-12, 12, 4096).view(64, 64)
     check(x, None, 0.0, activation)
 
@@ -236,17 +250,14 @@ def test_gradients_of_a_sum() -> None:
 
 
 @pytest.mark.parametrize("activation", EAGER)
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck(activation: str, bias: bool) -> None:
-    x = torch.randn(2, 3, 9, dtype=torch.float64)
-    b = torch.randn(9, dtype=torch.float64) if bias else None
-    leaves = tuple(v.requires_grad_() for v in (x, b) if v is not None)
+def test_gradcheck(activation: str) -> None:
+    x, bias = torch.randn(2, 2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     ours = partial(triton_op, activation=activation, dropout_p=0.3, seed=seed_tensor())
-    assert torch.autograd.gradcheck(ours, leaves)
+    assert torch.autograd.gradcheck(ours, (x.requires_grad_(), bias.requires_grad_()))
 
 
 def test_gradients_of_every_order() -> None:
-    x, bias = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x, bias = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     ours = partial(triton_op, activation="gelu", dropout_p=0.3, seed=seed_tensor())
     helpers.assert_gradients_of_every_order(ours, x, bias)
 
@@ -294,15 +305,12 @@ def test_rows_beyond_two_to_the_31st_element() -> None:
     """4 GiB of address space, of which only the pages of the three rows are ever touched."""
     x = torch.empty_strided((3, 16), (2**30, 1), dtype=torch.float16)
     x.copy_(torch.randn(3, 16))
-    options = dropout_of(row_period=3)
-    for launch in (
-        partial(kernels.bias_activation_dropout_forward, bias=None),
-        partial(kernels.bias_activation_dropout_backward, x, bias=None),
-    ):
-        found = launch(input=x, activation="relu", dropout=options)
-        grad = {} if launch.args == () else {"grad_out": x.contiguous()}
-        again = partial(launch.func, bias=None, **grad)
-        assert torch.equal(found, again(input=x.contiguous(), activation="relu", dropout=options))
+    near, options = x.contiguous(), dropout_of(row_period=3)
+    forward = partial(kernels.bias_activation_dropout_forward, bias=None, activation="relu")
+    assert torch.equal(forward(input=x, dropout=options), forward(input=near, dropout=options))
+    backward = partial(kernels.bias_activation_dropout_backward, bias=None, activation="relu")
+    found = backward(grad_out=x, input=x, dropout=options)
+    assert torch.equal(found, backward(grad_out=near, input=near, dropout=options))
 
 
 def rows_on_meta(columns: int, dtype: torch.dtype) -> Tensor:
@@ -310,7 +318,7 @@ def rows_on_meta(columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("offset", [0, 24, 63])
-@pytest.mark.parametrize("columns", [1, 64, 1000, 3072, 5120, 64 * 65537, 2**27])
+@pytest.mark.parametrize("columns", [1, 64, 1000, 3072, 5120, 64 * 65537, 2**25])
 def test_programs_cover_all_columns_within_the_limits_of_a_grid(columns: int, offset: int) -> None:
     for dtype in helpers.DTYPES:
         rows = rows_on_meta(columns, dtype)
@@ -343,15 +351,69 @@ def test_accesses_are_16_bytes_wide_where_rows_are_aligned(columns, offset, dtyp
 # -------------------------------------------------------------------------- dispatch and compile
 
 
-def test_it_is_the_choice_where_it_runs() -> None:
-    layer = torch.nn.Linear(8, 40)
-    (choice,) = explain(layer.register_forward_hook, lambda *_: None) or [None, *_explained()][-1:]
+class Middle(torch.nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return bias_activation_dropout(input)
+
+
+def test_explain_names_it() -> None:
+    (choice,) = explain(Middle(), torch.randn(2, 8))
     assert choice.taken == "triton" and choice.why_not == {}
+    with use_backend("pytorch"):
+        (choice,) = explain(Middle(), torch.randn(2, 8))
+    assert choice.taken == "pytorch" and choice.why_not == {"triton": "pytorch was asked for"}
 
 
-def _explained() -> list[dispatch.Choice]:
-    class Middle(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return bias_activation_dropout(x)
+def test_a_dtype_without_kernel_is_named() -> None:
+    x = torch.zeros(2, 8).to(torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match="fp16, bf16, fp32 and fp64, not torch.float8_e5m2"):
+        triton_op(x)
+    with pytest.raises(RuntimeError, match="not torch.float8_e5m2"):
+        triton_op(x.float(), x[0])
 
-    return explain(Middle(), torch.randn(2, 8))
+
+def test_it_has_no_feed_forward() -> None:
+    reason = "this version of fastattn has no triton kernel for feed_forward"
+    assert dispatch.why_not("feed_forward", "triton", torch.device("cpu")) == reason
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+def test_registration(dropout_p: float) -> None:
+    x, bias = torch.randn(3, 5, 40).transpose(0, 1), torch.randn(40)
+    options = ("gelu", *dropout_of(dropout_p=dropout_p, row_period=3), "triton")
+    ops = torch.ops.fastattn
+    torch.library.opcheck(ops.bias_activation_dropout_fwd.default, (x, bias, *options))
+    torch.library.opcheck(ops.bias_activation_dropout_bwd.default, (x, x, bias, *options))
+
+
+def test_fake_tensors_agree() -> None:
+    def run(x: Tensor, bias: Tensor, seed: Tensor) -> Tensor:
+        return triton_op(x, bias, dropout_p=P, seed=seed)
+
+    helpers.assert_fakes_agree(run, torch.randn(5, 3, 8).transpose(0, 1), torch.randn(8))
+
+
+@pytest.mark.parametrize("backend", ["triton", None])
+def test_compiled_equals_eager(backend: str | None) -> None:
+    def run(input: Tensor, bias: Tensor, seed: Tensor) -> Tensor:
+        return bias_activation_dropout(
+            input.sin(), bias, activation="gelu", dropout_p=P, seed=seed, backend=backend
+        )
+
+    inputs = {"input": torch.randn(3, 5, 40), "bias": torch.randn(40), "seed": seed_tensor()}
+    helpers.assert_compiled_equals_eager(run, inputs)
+
+
+def test_a_layer_with_a_wrapped_linear_uses_it() -> None:
+    """The same seed drops the same elements as on the PyTorch path, forward and backward."""
+    layer = FusedEncoderLayer(16, 2, 48, dropout=0.3, batch_first=True)
+    layer.linear1.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 5, 16)
+    taken = {choice.part: choice.taken for choice in explain(layer, x)}
+    assert taken["bias_activation_dropout"] == "triton"
+    results = []
+    for name in ("triton", "pytorch"):
+        with use_backend(bias_activation_dropout=name):
+            out = layer(x, seed=seed_tensor())
+        results.append((out, *torch.autograd.grad(out.sin().sum(), layer.parameters())))
+    torch.testing.assert_close(*results)
