@@ -53,10 +53,8 @@ def _feed_forward(x: Tensor, layer: nn.TransformerEncoderLayer, activation: str)
     weight1, bias1 = layer.linear1.weight, layer.linear1.bias
     if activation == "relu" and extension.runs_inference(x, weight1, bias1):
         hidden = extension.add_bias_relu_(F.linear(x, weight1), bias1)
-    elif activation == "relu":
-        hidden = linear(x, weight1, bias1).relu_()
     else:
-        hidden = _activate(linear(x, weight1, bias1), activation, None)
+        hidden = _ACTIVATE_IN_PLACE[activation](linear(x, weight1, bias1))
     return F.linear(hidden, layer.linear2.weight)
 
 
@@ -332,6 +330,13 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "identity": lambda x: x,
+}
+_ACTIVATE_IN_PLACE = {
+    "relu": torch.relu_,
+    "gelu": aten.gelu_,
+    "gelu_tanh": lambda x: aten.gelu_(x, approximate="tanh"),
+    "silu": lambda x: F.silu(x, inplace=True),
     "identity": lambda x: x,
 }
 _ACTIVATION_BACKWARD = {
