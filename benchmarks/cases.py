@@ -244,6 +244,7 @@ class Workload:
         self.module = provider.build(case, device)
         self.inputs = op.tensors(case, device)
         self.masks = op.masks(case, device)
+        self.module.eval()
         with torch.no_grad():
             output = self.forward()
         self.cotangent = op.cotangent(case, output, device)

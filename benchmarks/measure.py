@@ -8,7 +8,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,25 @@ def repetitions_for(timer: Timer, call: Call) -> int:
     return min(wanted, timer.most_repetitions)
 
 
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Where the host waits for the device, an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def device_is_lost() -> bool:
+    """Whether nothing runs on the GPU any more, so that every later figure would fail."""
+    try:
+        return torch.ones(1, device="cuda").add(1).item() != 2
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        return True
+
+
 def captured(call: Call) -> Call:
     """The same call as replays of CUDA graphs; what `prepare` does is a graph of its own."""
     side = torch.cuda.Stream()
@@ -108,6 +128,8 @@ def captured(call: Call) -> Call:
         for _ in range(WARM_UP_CALLS):
             call()
     torch.cuda.current_stream().wait_stream(side)
+    with no_synchronisation():
+        call()  # what waits for the device would fail in the capture, and spoil it for what follows
     pool = torch.cuda.graph_pool_handle()
     run, prepare, prepared = torch.cuda.CUDAGraph(), None, ()
     if call.prepare is not None:

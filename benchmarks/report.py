@@ -62,10 +62,22 @@ def save(results: dict, path: Path) -> None:
     """Write a results file beside its place, then rename it: it is never there half written."""
     part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        part.write_text(_json(results), encoding="utf-8")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _json(results: dict) -> str:
+    """JSON with a line for every case and row."""
+    members = []
+    for name, value in results.items():
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        else:
+            text = json.dumps(value, indent=1)
+        members.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(members) + "\n}\n"
 
 
 def faults(results: dict) -> list[dict]:

@@ -97,6 +97,12 @@ class Candidate(NamedTuple):
     workload: Workload | None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_in_the_suite() -> Iterator[None]:
+    with torch._dynamo.config.patch(**suite.DYNAMO):
+        yield
+
+
 @pytest.fixture(scope="module")
 def check(request: pytest.FixtureRequest) -> Check:
     op, case = request.param

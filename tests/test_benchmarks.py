@@ -251,6 +251,9 @@ def test_captured_calls_replay_preparation_and_run_apart(monkeypatch, prepared):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "one pool")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "before")
+    debug_modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", debug_modes.append)
     log = []
 
     def work(name, result=None):
@@ -265,7 +268,9 @@ def test_captured_calls_replay_preparation_and_run_apart(monkeypatch, prepared):
     call = measure.Call(work("run"), work("prepare", "output") if prepared else None)
     graphs = measure.captured(call)
     once = [("prepare",), ("run", "output")] if prepared else [("run",)]
-    assert log == once * (measure.WARM_UP_CALLS + 1)  # on the side stream, and captured
+    # on the side stream, once where waiting for the device is an error, and captured
+    assert log == once * (measure.WARM_UP_CALLS + 2)
+    assert debug_modes == ["error", "before"]
     log.clear()
     measure.CpuTimer().sample(graphs, 2)
     assert log == (["replayed prepare", "replayed run"] if prepared else ["replayed run"]) * 2
@@ -523,6 +528,45 @@ def test_a_lost_device_ends_the_run_and_keeps_what_was_measured(
 
 
 # ------------------------------------------------------------------------------------------ files
+
+
+def test_a_failure_that_leaves_the_device_alive_is_that_of_a_provider(monkeypatch):
+    monkeypatch.setattr(measure, "device_is_lost", lambda: False)
+    op = op_with(provider_of("peer", Lost), FUSED)
+    results = suite.run("cpu", [(op, TINY)], 1, modes=("forward",))
+    assert [row["status"] for row in results["rows"]] == ["ok", "failed", "ok"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_lost():
+    assert measure.device_is_lost()
+
+
+def test_compiled_graphs_are_of_the_case_s_own_shape():
+    """The check has fewer sequences, which would otherwise make the timed graph a dynamic one."""
+    op, dynamic = OPS["layer_norm"], []
+
+    def compiler(graph, inputs):
+        dynamic.append(any(isinstance(i, torch.SymInt) for i in inputs))
+        return graph.forward
+
+    @torch._dynamo.config.patch(**suite.DYNAMO)
+    def check_and_run():
+        torch._dynamo.reset()
+        for case in (replace(TINY, batch=1), replace(TINY, batch=4), replace(TINY, batch=7)):
+            module = torch.compile(op.baseline.module(case), backend=compiler)
+            module(*op.tensors(case, "cpu"))
+
+    check_and_run()
+    assert dynamic == [False] * 3
+
+
+def test_results_have_a_line_for_every_row_and_lose_nothing(tmp_path, results):
+    path = tmp_path / "results.json"
+    report.save(results, path)
+    assert report.load(path) == json.loads(json.dumps(results))
+    lines = path.read_text().splitlines()
+    assert sum('"median_ms"' in line for line in lines) == len(results["rows"])
 
 
 def test_existing_results_are_left_alone(tmp_path, results):
