@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compare, plots, report, suite
+from . import compare, report, suite
 from .cases import MODES, Case, Op
 from .ops import OPS
 
@@ -145,6 +145,12 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
 
 
+def draw(results: dict, stem: Path) -> list[Path]:
+    from . import plots  # matplotlib is needed here only
+
+    return plots.draw(results, stem)
+
+
 def list_command(arguments: argparse.Namespace) -> int:
     device = device_of(arguments)
     for op, case in plan_of(arguments, device):
@@ -201,7 +207,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     report.print_tables(results, console())
     print(report.headline(results))
     print(report.ceilings(results))
-    drawn = [] if arguments.no_plots else plots.draw(results, path.with_suffix(""))
+    drawn = [] if arguments.no_plots else draw(results, path.with_suffix(""))
     print("wrote", path, *drawn)
     return 1 if report.faults(results) else 0
 
@@ -217,7 +223,7 @@ def plot_command(arguments: argparse.Namespace) -> int:
     results = report.load(arguments.file)
     folder = arguments.out or arguments.file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    print("wrote", *plots.draw(results, folder / arguments.file.stem))
+    print("wrote", *draw(results, folder / arguments.file.stem))
     return 0
 
 

@@ -105,6 +105,10 @@ class Cost:
     bytes: float | None = None  # None: not counted, since no single kernel is meant
 
 
+class CannotRun(RuntimeError):
+    """Raised by a provider that finds out only when called that it cannot run a case: a skip."""
+
+
 def always(case: Case, device: str) -> str | None:
     """The reason of a provider that runs every case."""
     return None
@@ -173,6 +177,10 @@ def _no_masks(case: Case, device: str) -> dict[str, Tensor]:
     return {}
 
 
+def _can_be_captured(case: Case, mode: Mode) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Op:
     """One thing to measure, the content of a file in `benchmarks/ops`.
@@ -186,6 +194,7 @@ class Op:
         masks: keyword tensors without gradients.
         dropout_of: measures the probability with which a provider really drops.
         trains: whether there are parameters, and so a training step.
+        why_not_captured: the reason why a case cannot be in a CUDA graph in a mode, or None.
     """
 
     name: str
@@ -196,6 +205,7 @@ class Op:
     masks: Callable[[Case, str], dict[str, Tensor]] = _no_masks
     dropout_of: Callable[[Provider, Case, str], float] | None = None
     trains: bool = False
+    why_not_captured: Callable[[Case, Mode], str | None] = _can_be_captured
 
     @property
     def baseline(self) -> Provider:
@@ -213,7 +223,8 @@ class Op:
         if peer.is_ours:
             return None
         ours = [p for p in self.providers if p.is_ours]
-        return next((p for p in ours if p.compile_mode == peer.compile_mode), ours[0])
+        alike = [p for p in ours if p.compile_mode == peer.compile_mode]
+        return next(iter([*alike, *ours]), None)
 
     def tensors(self, case: Case, device: str, dtype: Dtype = None) -> list[Tensor]:
         """The inputs of a case, as leaves that want gradients."""

@@ -41,7 +41,10 @@ RESAMPLES = 4000
 LEAST_ROUNDS = 6  # all on one side of the median: 2 in 2**6, 3 %; five would be 6 %
 COUNTS = ("saved_bytes", "launches")
 WRONG = ("mismatch", "failed")
-SOFTWARE = ("torch", "triton", "cuda", "python", "fastattn", "commit", "dropout_contract")
+SOFTWARE = (
+    *("torch", "triton", "cuda", "gpu", "liger_kernel", "python", "fastattn", "commit", "dirty"),
+    *("dropout_contract", "extension"),
+)
 Key = tuple[str, str, str, str, str]
 
 
@@ -263,14 +266,24 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def _software(environment: dict) -> dict:
+    """What may differ on one machine, with the members of a dictionary as entries of their own."""
+    flat = {}
+    for name in SOFTWARE:
+        value = environment.get(name)
+        members = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name} {member}".strip(): content for member, content in members.items()}
+    return flat
+
+
 def _header(comparison: Comparison) -> Iterator[str]:
     old, new = comparison.old, comparison.new
     for name, results in (("old", old), ("new", new)):
         yield f"{name}: {report.headline(results)}, {results['method']['rounds']} rounds"
-    before, after = old["environment"], new["environment"]
+    before, after = (_software(results["environment"]) for results in (old, new))
     differences = [
         f"{name.replace('_', ' ')} {before.get(name)} → {after.get(name)}"
-        for name in SOFTWARE
+        for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
     ]
     yield f"between them: {', '.join(differences) or 'the same software and commit'}"

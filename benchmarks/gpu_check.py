@@ -25,11 +25,11 @@ import tempfile
 import textwrap
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build" / "gpu-check"
 OP_NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py"))
-#: What the tests of an op have in their names, where that is not the op's own name.
-TEST_NAMES = {"encoder_layer": "test_gpu", "encoder_stack": "test_gpu"}
+LAYER_TESTS = "test_gpu.py"  # of the whole layer, whatever the ops
 
 GRACE = 3.0  # seconds a step has to write what it knows, once its time is up
 PLOTTING = 30.0  # seconds
 LINES, COLUMNS = 40, 110  # of the summary that is printed
 SUMMARISED = "forward+backward"
+WRONG = ("mismatch", "failed")  # statuses of a row
 
 
 # ------------------------------------------------------------------------------------------- steps
@@ -59,13 +59,13 @@ class Step:
     command: list[str]
     share: float
     variables: dict[str, str] = field(default_factory=dict)
-    status: str = "not run"  # later "ok", "none", "failed" or "killed"
+    status: str = "not run"  # later "ok", "failed" or "killed"
     reason: str = "the time was up"
     seconds: float = 0.0
 
     @property
     def failed(self) -> bool:
-        return self.status not in ("ok", "none")
+        return self.status != "ok"
 
     def command_within(self, limit: float) -> list[str]:
         """The command, for a run of at most `limit` seconds."""
@@ -78,6 +78,11 @@ class Step:
             self.status, self.reason = "killed", f"after {limit:.0f} s; the last line: {last_line}"
         elif exit_code < 0:
             self.reason = f"{signal.strsignal(-exit_code)}; the last line: {last_line}"
+
+    def fail(self, reason: str) -> None:
+        """Take down what is wrong with a step besides how its process ended."""
+        self.reason = f"{reason}; {self.reason}" if self.failed else reason
+        self.status = "failed" if self.status == "ok" else self.status
 
     def row(self) -> str:
         return f"{self.status:<7} {self.seconds:4.0f} s  {self.name}  {self.reason}".rstrip()
@@ -94,9 +99,7 @@ class GpuTests(Step):
         super().end(exit_code, last_line, limit)
         with contextlib.suppress(OSError, ElementTree.ParseError):  # pytest died before it wrote
             self.tests = [outcome(case) for case in ElementTree.parse(self.junit).iter("testcase")]
-        if limit is None and exit_code == 5:
-            self.status, self.reason = "none", "no test of this file is chosen"
-        elif self.tests:
+        if self.tests:
             outcomes = [test["outcome"] for test in self.tests]
             kinds = ("passed", "failed", "skipped")
             self.reason = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in kinds)
@@ -130,10 +133,38 @@ class Benchmark(Step):
         return [*self.command, "--time-limit", str(max(1, int(0.6 * limit)))]
 
     def results(self) -> dict | None:
-        from . import report
-
+        """What it wrote, None if that is nothing usable. Faults of fastattn's fail the step."""
         written = list(self.folder.glob("[!.]*.json"))
-        return report.load(written[0]) if written else None
+        if not written:
+            return None
+        try:
+            from . import report
+
+            results = report.load(written[0])
+            at_fault = {
+                f"{row['provider']} {row['status']}": None
+                for row in results["rows"]
+                if row["provider"].startswith("fastattn") and row["status"] in WRONG
+            }
+        except Exception as error:  # whatever it is, the other ops have results too
+            self.fail(one_line(error))
+            return None
+        if at_fault:
+            self.fail(", ".join(at_fault))
+        return results
+
+
+def attempt(steps: list[Step], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of this process returns; where it fails, None, and `steps` get one more."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # whatever it is, the summary has to be written
+        steps.append(Step(name, [], share=0, status="failed", reason=one_line(error)))
+        return None
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def run(steps: Sequence[Step], log: Path, deadline: float) -> None:
@@ -242,21 +273,21 @@ def build_steps(python: str) -> list[Step]:
     return steps
 
 
-def gpu_test_files() -> list[Path]:
+def gpu_test_files(ops: Sequence[str] | None) -> list[Path]:
+    """The files with tests marked `gpu`; with ops, that of the layer and those that name one."""
     return sorted(
         path
         for path in (ROOT / "tests").rglob("test_*.py")
         if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+        and (ops is None or path.name == LAYER_TESTS or any(op in path.stem for op in ops))
     )
 
 
 def gpu_tests(python: str, ops: Sequence[str] | None, scratch: Path) -> list[GpuTests]:
-    """A step for every file with tests marked `gpu`; with ops, for those that name them."""
+    """A step for every file with tests marked `gpu` that the ops choose."""
     pytest = [python, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    if ops is not None:
-        pytest += ["-k", " or ".join(TEST_NAMES.get(op, op) for op in ops)]
     steps = []
-    for number, path in enumerate(gpu_test_files()):
+    for number, path in enumerate(gpu_test_files(ops)):
         junit = scratch / f"tests-{number}.xml"
         command = [*pytest, f"--junitxml={junit}", str(path)]
         steps.append(GpuTests(os.path.relpath(path, ROOT), command, share=20, junit=junit))
@@ -317,21 +348,24 @@ def merged(parts: dict[str, dict], planned: Sequence[tuple[str, str]], command: 
     }
 
 
-def wrong(tests: Sequence[GpuTests], results: dict | None) -> list[str]:
-    """A line for every failed test, and for every provider that is wrong or fails."""
-    from . import report
-
-    lines = [
+def failed_tests(tests: Sequence[GpuTests]) -> list[str]:
+    return [
         f"! {step.name} {test['test']}: {test['reason']}"
         for step in tests
         for test in step.tests
         if test["outcome"] == "failed"
     ]
-    if results is not None:
-        rows = [row for row in results["rows"] if row["status"] in ("mismatch", "failed")]
-        lines += [f"! {line}" for line in report.withheld(rows)]
-        lines += [f"! not run: {name}" for name in results["not_run"]]
-    return lines
+
+
+def wrong(results: dict | None) -> list[str]:
+    """A line for every provider that is wrong or fails, and for every size that was not run."""
+    if results is None:
+        return []
+    from . import report
+
+    rows = [row for row in results["rows"] if row["status"] in WRONG]
+    lines = [f"! {line}" for line in report.withheld(rows)]
+    return [*lines, *(f"! not run: {name}" for name in results["not_run"])]
 
 
 def summarised(rows: Sequence[dict]) -> dict[str, dict]:
@@ -368,16 +402,27 @@ def table(op: str, cases: dict[str, dict[str, dict]]) -> list[str]:
 
 
 def tables(results: dict | None) -> list[str]:
-    from . import report
-
     if results is None:
         return []
+    from . import report
+
     by_op: dict[str, dict] = {}
     for case, rows in report.by_case(results):
         by_op.setdefault(case["op"], {})[case["name"]] = summarised(rows)
     heading = f"{SUMMARISED}: times as fast as its peers that fastattn is, share of the floor"
     lines = [line for op, cases in by_op.items() for line in table(op, cases)]
     return [*textwrap.wrap(report.headline(results), COLUMNS), heading, *lines]
+
+
+def verdict_on(steps: Sequence[Step], results: dict | None, seconds: float, summary: Path) -> str:
+    failed = [step.name for step in steps if step.failed]
+    missed = len(results["not_run"]) if results else 0
+    said = "FAILED" if failed else "found no fault"
+    if missed:
+        sizes = "1 size was" if missed == 1 else f"{missed} sizes were"
+        said += f"{'' if failed else ' in what ran'}; {sizes} not reached;"
+    said += f" in {seconds:.0f} s, see {summary}"
+    return f"gpu-check {said}" + (f": {', '.join(failed)}" if failed else "")
 
 
 def shortened(
@@ -472,21 +517,22 @@ def check(
         todo = [*build_steps(python), *tests, *benchmarks]
         run(todo, files.log, deadline)
         steps += todo
+        write_tests(files.tests, tests)
         found = {step.name: step.results() for step in benchmarks}
     parts = {op: found[op] for op in cases if found[op] is not None}
-    write_tests(files.tests, tests)
     if parts:
         planned = [(op, case.name) for op, quick in cases.items() for case in quick]
-        results = merged(parts, planned, command)
-        steps.append(write_results(out, results, python, files.log))
-    failed = [step.name for step in steps if step.failed]
-    verdict = f"gpu-check {'FAILED' if failed else 'found no fault'}"
-    verdict += f" in {time.monotonic() - began:.0f} s, see {files.summary}"
-    verdict += f": {', '.join(failed)}" if failed else ""
-    parts = [step.row() for step in steps], wrong(tests, results), tables(results)
-    files.summary.write_text("\n".join([*sum(parts, []), verdict]) + "\n", encoding="utf-8")
-    print("", *shortened(*parts, verdict), sep="\n")
-    return 1 if failed else 0
+        results = attempt(steps, "results", merged, parts, planned, command)
+    if results is not None:
+        plots = attempt(steps, "plots", write_results, out, results, python, files.log)
+        steps += [] if plots is None else [plots]
+    faults = failed_tests(tests) + (attempt(steps, "faults", wrong, results) or [])
+    figures = attempt(steps, "tables", tables, results) or []
+    rows = [step.row() for step in steps]
+    verdict = verdict_on(steps, results, time.monotonic() - began, files.summary)
+    files.summary.write_text("\n".join([*rows, *faults, *figures, verdict]) + "\n", "utf-8")
+    print("", *shortened(rows, faults, figures, verdict), sep="\n")
+    return 1 if any(step.failed for step in steps) else 0
 
 
 def op_names(text: str) -> list[str]:
@@ -524,10 +570,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def why_not(out: Path, device: str) -> str | None:
-    """What is wrong with the arguments or with the machine, None if all is well."""
-    if out.exists() and not out.is_dir():
-        return f"out must be a folder, but {out} is a file"
+def why_not(device: str) -> str | None:
+    """What this machine lacks, None if it lacks nothing."""
     if importlib.util.find_spec("torch") is None:
         return f"{sys.executable} has no torch; PYTHON=... chooses one that has"
     import torch
@@ -537,16 +581,27 @@ def why_not(out: Path, device: str) -> str | None:
     return None
 
 
+def why_not_into(out: Path) -> str | None:
+    """Why nothing can be written to the folder `out`, None if it can; the folder is made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except FileExistsError:
+        return f"out must be a folder, but {out} is a file"
+    except OSError as error:
+        return f"out must be a folder that can be written to, but got {out}: {error.strerror}"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     ours = argv[: argv.index("--")] if "--" in argv else argv
     arguments = parser().parse_args(ours)
     out, device = arguments.out.resolve(), arguments.device
-    reason = why_not(out, device)
+    reason = why_not(device) or why_not_into(out)
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the step under way
     command = shlex.join(["python", "-m", "benchmarks.gpu_check", *argv])
     seconds, options = 60 * arguments.minutes, argv[len(ours) + 1 :]

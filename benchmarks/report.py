@@ -38,12 +38,77 @@ def load(path: Path) -> dict:
         raise ResultsError(f'{path} is not a results file: it lacks "format": "{FORMAT}"')
     if results.get("version") != VERSION:
         raise ResultsError(
-            f"{path} has version {results.get('version')}, this program reads version {VERSION}"
+            f"{path} has version {results.get('version')!r}, this program reads version {VERSION}"
         )
-    missing = {"environment", "method", "ceilings", "cases", "rows"} - results.keys()
-    if missing:
-        raise ResultsError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+    fault = _fault(results)
+    if fault is not None:
+        raise ResultsError(f"{path} is incomplete: {fault}")
     return results
+
+
+#: What must be there, and of which types; figures must also be finite.
+PARTS = {"environment": dict, "method": dict, "ceilings": dict, "cases": list, "rows": list}
+MEMBERS = {
+    "environment": ("device", "path", "device_name", "threads", "torch", "fastattn", "date"),
+    "method": ("rounds",),
+    "ceilings": ("copy_bytes_per_s", "matmul_flops_per_s", "matmul"),
+}
+CASE = {"op": str, "name": str, "dropout": float, "tokens": int, "cost": dict}
+ROW = {"op": str, "case": str, "mode": str, "launch": str, "provider": str, "status": str}
+FIGURES_OF_A_ROW = ("median_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflops", "floor_share")
+
+
+def _fault(results: dict) -> str | None:
+    """What a results file lacks; None where it has all that is read of it."""
+    missing = sorted(PARTS.keys() - results.keys())
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    for part, kind in PARTS.items():
+        if not isinstance(results[part], kind):
+            return f"{part} is no {kind.__name__}"
+    for part, names in MEMBERS.items():
+        if not _has(names, results[part]):
+            return f"{part} lacks one of {', '.join(names)}"
+    if not isinstance(results["environment"].get("extension"), dict):
+        return "environment lacks the extension"
+    for case in results["cases"]:
+        if not _fits(case, CASE):
+            return f"a case lacks one of {', '.join(CASE)}"
+    known = {(case["op"], case["name"]) for case in results["cases"]}
+    for number, row in enumerate(results["rows"]):
+        if not _fits(row, ROW):
+            return f"row {number} lacks one of {', '.join(ROW)}"
+        if (row["op"], row["case"]) not in known:
+            return f"row {number} is of a case that is not listed: {row['op']} {row['case']}"
+        if row["status"] == "ok" and not _is_timed(row):
+            return f"row {number} has no times, or such as cannot be"
+    return None
+
+
+def _has(names: Iterable[str], members: dict) -> bool:
+    return all(name in members for name in names)
+
+
+def _fits(item: object, kinds: dict[str, type]) -> bool:
+    return isinstance(item, dict) and all(
+        isinstance(item.get(name), (kind, int) if kind is float else kind)
+        for name, kind in kinds.items()
+    )
+
+
+def _is_positive(figure: object) -> bool:
+    return isinstance(figure, (int, float)) and 0 < figure < math.inf
+
+
+def _is_timed(row: dict) -> bool:
+    samples, speedup = row.get("samples_ms"), row.get("fastattn_speedup", {})
+    return (
+        isinstance(samples, list)
+        and len(samples) > 0
+        and all(map(_is_positive, [*samples, *(row.get(name) for name in FIGURES_OF_A_ROW)]))
+        and isinstance(speedup, dict)
+        and (not speedup or all(_is_positive(speedup.get(n)) for n in ("median", "low", "high")))
+    )
 
 
 def new_path(environment: dict, folder: Path | None = None) -> Path:
@@ -233,6 +298,8 @@ def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]]) -> list[str]:
     rows = [row for _, rows in cases for row in rows]
     absent = "skipped"
     providers = list(dict.fromkeys(row["provider"] for row in rows if row["status"] != absent))
+    if not providers:
+        return [f"**`{op}`**", "", "Nothing of it could run."]
     launches = len({row["launch"] for row in rows}) > 1
     lead = ["size", "mode", *(["launches"] if launches else [])]
     tail = [f"{kind} MB, {providers[0]} → fastattn" for kind in ("peak", "saved")]

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from . import accuracy, measure
-from .cases import SEED, Case, Mode, Op, Provider, Workload
+from .cases import SEED, CannotRun, Case, Mode, Op, Provider, Workload
 from .environment import environment
 
 FORMAT, VERSION = "fastattn-benchmark", 2
@@ -24,8 +24,13 @@ OnCase = Callable[[dict], None]
 Plan = Sequence[tuple[Op, Case]]
 
 #: For torch._dynamo.config. The check may have fewer sequences than the case, which must not make
-#: the timed graph one for any shape; and the graphs of all providers and modes of a case are kept.
-DYNAMO = {"automatic_dynamic_shapes": False, "recompile_limit": 64}
+#: the timed graph one for any shape; and the graphs of all providers and modes of a case are kept:
+#: past the limit a compiled provider would run eagerly without a word.
+DYNAMO = {
+    "automatic_dynamic_shapes": False,
+    "recompile_limit": 64,
+    "fail_on_recompile_limit_hit": True,
+}
 
 #: How a call reaches the device: from Python each time, or as replays of a CUDA graph.
 LAUNCHES = {"cpu": ("eager",), "cuda": ("eager", "graph")}
@@ -136,6 +141,9 @@ def failure_withholds(entries: Sequence[Entry]) -> Iterator[None]:
     """A failure is that of these entries alone and the run goes on, unless the device is lost."""
     try:
         yield
+    except CannotRun as error:
+        for entry in entries:
+            entry.withhold("skipped", str(error))
     except Exception as error:
         if isinstance(error, torch.AcceleratorError) and measure.device_is_lost():
             raise
@@ -203,8 +211,11 @@ class CaseRun:
         workload = Workload(self.op, self.case, provider, self.device)
         for entry in entries:
             entry.facts, entry.workload = facts, workload
+            uncaptured = entry.launch == "graph" and self.op.why_not_captured(self.case, entry.mode)
             if not match["ok"]:
                 entry.withhold("mismatch", mismatch_reason(match))
+            elif uncaptured:
+                entry.withhold("skipped", uncaptured)
 
     def _time(self, group: Sequence[Entry]) -> None:
         """Times every provider in every round; each round starts with another provider."""

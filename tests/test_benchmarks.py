@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,7 @@ from torch import nn
 import benchmarks.__main__ as command
 from benchmarks import measure, report, suite
 from benchmarks.accuracy import AccuracyCheck, checkable
-from benchmarks.cases import MODES, Case, Op, Provider, Workload
+from benchmarks.cases import MODES, CannotRun, Case, Op, Provider, Workload
 from benchmarks.ops import OPS, attention, encoder_layer
 
 TINY = Case(2, 8, 16, 2, quick=True)
@@ -445,7 +446,7 @@ def test_peers_are_compared_with_what_is_compiled_the_same_way():
         p.name: getattr(OPS["attention"].ours_like(p), "name", None)
         for p in OPS["attention"].providers
     }
-    assert like["sdpa"] == like["sdpa flash"] == like["flex, no dropout"] == "fastattn"
+    assert like["sdpa"] == like["sdpa flash"] == like["flex (no dropout)"] == "fastattn"
     assert like["sdpa compiled"] == "fastattn compiled"
     assert like["sdpa max-autotune"] == "fastattn max-autotune"
     assert like["fastattn"] is None
@@ -569,6 +570,32 @@ def test_results_have_a_line_for_every_row_and_lose_nothing(tmp_path, results):
     assert sum('"median_ms"' in line for line in lines) == len(results["rows"])
 
 
+def test_a_provider_that_finds_out_late_that_it_cannot_run_is_skipped():
+    class Refuses(nn.TransformerEncoderLayer):
+        def forward(self, *args, **kwargs):
+            raise CannotRun("no such kernel")
+
+    op = op_with(provider_of("peer", Refuses), FUSED)
+    results = suite.run("cpu", [(op, TINY)], 1, modes=("forward",))
+    assert [row["status"] for row in results["rows"]] == ["ok", "skipped", "ok"]
+    assert results["rows"][1]["reason"] == "no such kernel"
+
+
+def test_what_cannot_be_captured_is_skipped_with_its_reason(monkeypatch):
+    monkeypatch.setitem(suite.LAUNCHES, "cpu", ("eager", "graph"))
+    monkeypatch.setattr(measure, "captured", lambda call: call)
+    op = replace(OPS["encoder_stack"], providers=OPS["encoder_stack"].providers[:1])
+    case = replace(TINY, padding=0.5, layers=2)
+    results = suite.run("cpu", [(op, case)], 1, modes=("eval forward", "forward"))
+    assert [(row["mode"], row["launch"], row["status"]) for row in results["rows"]] == [
+        ("eval forward", "eager", "ok"),
+        ("eval forward", "graph", "skipped"),
+        ("forward", "eager", "ok"),
+        ("forward", "graph", "ok"),
+    ]
+    assert "on the host" in results["rows"][1]["reason"]
+
+
 def test_existing_results_are_left_alone(tmp_path, results):
     first = report.new_path(results["environment"], tmp_path)
     report.save(results, first)
@@ -672,6 +699,7 @@ def test_compare_exits_with_one_on_a_regression(tmp_path, capsys, results):
         (b"[1]", "not a results file"),
         (b'{"benchmarks": []}', "not a results file"),
         (b'{"format": "fastattn-benchmark", "version": 99}', "version 99"),
+        (b'{"format": "fastattn-benchmark", "version": "2"}', "version '2'"),
         (b'{"format": "fastattn-benchmark", "version": 2, "rows": []}', "lacks cases"),
     ],
 )
@@ -683,6 +711,39 @@ def test_foreign_files_are_refused(tmp_path, capsys, subcommand, content, messag
     assert command.main([subcommand, *files]) == 2
     error = capsys.readouterr().err
     assert message in error and str(path) in error
+
+
+def without(item: dict, name: str) -> dict:
+    return {key: value for key, value in item.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda r: r | {"rows": ["text"]}, "row 0 lacks"),
+        (lambda r: r | {"rows": [without(r["rows"][0], "status")]}, "row 0 lacks"),
+        (lambda r: r | {"rows": [without(r["rows"][0], "median_ms")]}, "row 0 has no times"),
+        (lambda r: r | {"rows": [r["rows"][0] | {"samples_ms": [0.0]}]}, "row 0 has no times"),
+        (lambda r: r | {"rows": [r["rows"][0] | {"median_ms": math.nan}]}, "row 0 has no times"),
+        (lambda r: r | {"rows": [r["rows"][0] | {"fastattn_speedup": 2}]}, "row 0 has no times"),
+        (lambda r: r | {"cases": []}, "row 0 is of a case that is not listed"),
+        (lambda r: r | {"cases": [1]}, "a case lacks"),
+        (lambda r: r | {"environment": None}, "environment is no dict"),
+        (lambda r: r | {"environment": {}}, "environment lacks"),
+        (lambda r: r | {"method": {}}, "method lacks"),
+        (lambda r: r | {"ceilings": {}}, "ceilings lacks"),
+    ],
+)
+def test_edited_files_are_refused(tmp_path, results, edit, message):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(edit(results)))
+    with pytest.raises(report.ResultsError, match=message):
+        report.load(path)
+
+
+def test_a_table_of_an_op_that_cannot_run_says_so(results):
+    skipped = [row | {"status": "skipped", "reason": "no device"} for row in results["rows"]]
+    assert "Nothing of it could run" in report.markdown(results | {"rows": skipped}, "file.json")
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch, capsys):

@@ -88,8 +88,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, list
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(gpu_check, "build_steps", lambda python: [fails])
-        patch.setattr(gpu_check, "gpu_test_files", lambda: [tests])
-        patch.setattr(gpu_check, "TEST_NAMES", {"layer_norm": "test_planted"})
+        patch.setattr(gpu_check, "gpu_test_files", lambda ops: [tests])
         code = gpu_check.check(out, "cpu", ["layer_norm"], 300, few, "python -m this")
     return code, out, printed.getvalue().splitlines()
 
@@ -235,12 +234,12 @@ def test_time_is_shared_and_what_is_left_goes_to_the_next(log: Path, monkeypatch
     assert [limit + gpu_check.GRACE for limit in limits] == [10, 36, 60]
 
 
-def test_a_file_without_such_tests_is_no_failure(tmp_path: Path, log: Path) -> None:
+def test_a_file_without_such_tests_is_a_fault(tmp_path: Path, log: Path) -> None:
     junit = tmp_path / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-k", "nothing", f"--junitxml={junit}"]
+    command = [sys.executable, "-m", "pytest", "-m", "nothing", f"--junitxml={junit}"]
     step = GpuTests("none", [*command, str(planted_tests(tmp_path))], 1, junit=junit)
     gpu_check.run_step(step, log, 30)
-    assert (step.status, step.failed) == ("none", False)
+    assert step.failed and "5 deselected" in step.reason
 
 
 def test_a_benchmark_begins_no_size_late_and_keeps_the_finished_ones(tmp_path: Path) -> None:
@@ -251,21 +250,140 @@ def test_a_benchmark_begins_no_size_late_and_keeps_the_finished_ones(tmp_path: P
     assert step.results() is None
 
 
+# ----------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.fixture
+def results(rehearsal) -> dict:
+    """Those of the rehearsal: eager and fastattn, without a fault."""
+    (path,) = rehearsal[1].glob("[0-9]*.json")
+    return json.loads(path.read_text())
+
+
+def planted_check(out: Path, content: str, patch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """Exit code and summary of a check whose only benchmark writes `content`, without tests."""
+
+    def benchmarks(python: str, device: str, cases: dict, scratch: Path, options) -> list[Step]:
+        code = f"open({str(scratch / 'results.json')!r}, 'w').write({content!r})"
+        return [Benchmark("layer_norm", [sys.executable, "-c", code], 1, folder=scratch)]
+
+    patch.setattr(gpu_check, "build_steps", lambda python: [])
+    patch.setattr(gpu_check, "gpu_test_files", lambda ops: [])
+    patch.setattr(gpu_check, "quick_benchmarks", benchmarks)
+    patch.setattr(gpu_check, "installed", lambda log, deadline: (sys.executable, []))
+    code = gpu_check.check(out, "cpu", ["layer_norm"], 300)
+    assert json.loads((out / "tests.json").read_text()) == []
+    return code, (out / "summary.txt").read_text().splitlines()
+
+
+def no_plots(out: Path, results: dict, python: str, log: Path) -> Step:
+    return Step("plots", [], 1, status="ok", reason="")
+
+
+def test_without_the_report_there_is_a_summary(results: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delattr("benchmarks.report")
+    monkeypatch.setitem(sys.modules, "benchmarks.report", None)  # as if it lacked its imports
+    code, lines = planted_check(tmp_path, json.dumps(results), monkeypatch)
+    assert code == 1
+    assert lines[0].startswith("failed ") and "  layer_norm  ModuleNotFoundError: " in lines[0]
+    assert lines[-1].startswith("gpu-check FAILED in ") and lines[-1].endswith(": layer_norm")
+
+
+def test_an_unusable_results_file_is_a_failed_step(tmp_path: Path, monkeypatch) -> None:
+    code, lines = planted_check(tmp_path, "{}", monkeypatch)
+    assert code == 1
+    assert "  layer_norm  ResultsError: " in lines[0] and "is not a results file" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "step"),
+    [("merged", "results"), ("write_results", "plots"), ("wrong", "faults"), ("tables", "tables")],
+)
+def test_what_fails_at_the_end_is_a_failed_step(
+    function: str, step: str, results: dict, tmp_path: Path, monkeypatch
+) -> None:
+    def fails(*arguments) -> None:
+        raise ImportError("No module named 'planted'\nand more")
+
+    monkeypatch.setattr(gpu_check, "write_results", no_plots)
+    monkeypatch.setattr(gpu_check, function, fails)
+    code, lines = planted_check(tmp_path, json.dumps(results), monkeypatch)
+    assert code == 1
+    (failed,) = (line for line in lines if line.startswith("failed "))
+    assert failed.endswith(f"  {step}  ImportError: No module named 'planted'")
+    assert lines[-1].endswith(f"summary.txt: {step}")
+
+
+@pytest.mark.parametrize(
+    ("provider", "status", "at_fault"),
+    [
+        ("fastattn compiled", "failed", True),
+        ("fastattn compiled", "mismatch", True),
+        ("fastattn, no dropout", "failed", True),
+        ("fastattn compiled", "skipped", False),
+        ("eager compiled", "failed", False),
+    ],
+)
+def test_a_wrong_row_of_fastattn_is_a_fault(
+    provider: str, status: str, at_fault: bool, results: dict, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "write_results", no_plots)
+    changed = {"provider": provider, "status": status, "reason": "planted"}
+    results["rows"].append({**results["rows"][-1], **changed})
+    code, lines = planted_check(tmp_path, json.dumps(results), monkeypatch)
+    assert code == at_fault
+    assert lines[0].endswith(f"  layer_norm  {provider} {status}") == at_fault
+    assert ("found no fault in " not in lines[-1]) == at_fault
+
+
+def test_the_verdict_counts_sizes_that_were_not_reached() -> None:
+    def verdict(step: Step, not_run: list[str] | None) -> str:
+        results = None if not_run is None else {"not_run": not_run}
+        return gpu_check.verdict_on([step], results, 9.6, Path("summary.txt"))
+
+    step = Step("a step", [], 1, status="ok")
+    end = " in 10 s, see summary.txt"
+    whole = f"gpu-check found no fault{end}"
+    assert [verdict(step, None), verdict(step, [])] == [whole, whole]
+    part = "gpu-check found no fault in what ran; {} not reached;" + end
+    assert verdict(step, ["attention large"]) == part.format("1 size was")
+    assert verdict(step, ["attention large", "attention small"]) == part.format("2 sizes were")
+    step.fail("wrong")
+    assert verdict(step, []) == f"gpu-check FAILED{end}: a step"
+    assert verdict(step, ["x"]) == f"gpu-check FAILED; 1 size was not reached;{end}: a step"
+
+
+def test_a_step_that_failed_twice_says_both() -> None:
+    step = Step("a step", [], 1, status="killed", reason="after 9 s")
+    step.fail("fastattn failed")
+    assert (step.status, step.reason) == ("killed", "fastattn failed; after 9 s")
+
+
 # ------------------------------------------------------------------------------------------- plan
 
 
 def test_ops_and_files_of_tests() -> None:
+    def names(ops: list[str] | None) -> set[str]:
+        return {path.name for path in gpu_check.gpu_test_files(ops)}
+
     assert set(gpu_check.OP_NAMES) == set(OPS)
-    assert set(gpu_check.TEST_NAMES) <= set(OPS)
-    files = {path.name for path in gpu_check.gpu_test_files()}
-    assert "test_gpu.py" in files
-    assert Path(__file__).name not in files
+    assert names(["encoder_layer"]) == {"test_gpu.py"}
+    chosen = names(["bias_activation_dropout", "encoder_layer"])
+    assert chosen == {"test_gpu.py", "test_gpu_bias_activation_dropout.py"}
+    assert chosen <= names(None)
+    assert Path(__file__).name not in names(None)
 
 
-def test_only_cuts_tests_and_benchmarks(tmp_path: Path) -> None:
-    step = gpu_check.gpu_tests("python", ["attention", "encoder_layer"], tmp_path)[0]
-    assert step.command[step.command.index("-k") + 1] == "attention or test_gpu"
-    assert "-k" not in gpu_check.gpu_tests("python", None, tmp_path)[0].command
+def test_every_chosen_file_has_tests_for_a_gpu(tmp_path: Path) -> None:
+    steps = gpu_check.gpu_tests(sys.executable, ["bias_activation_dropout"], tmp_path)
+    assert len(steps) == 2
+    for step in steps:
+        command = [*step.command, "--collect-only"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout  # pytest exits with 5 where it collects none
+
+
+def test_only_cuts_benchmarks() -> None:
     assert list(gpu_check.quick_cases("cuda", ["attention"])) == ["attention"]
     assert set(gpu_check.quick_cases("cuda", None)) == set(OPS)
     assert "encoder_stack" not in gpu_check.quick_cases("cpu", None)  # none of it is quick there
@@ -409,6 +527,16 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys) -> None:
     path.write_text("mine")
     assert gpu_check.main([str(path), "--device", "cpu"]) == 2
     assert f"out must be a folder, but {path} is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file/out", "/proc/fastattn"])
+def test_an_out_that_cannot_be_made_is_refused(out: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    path = tmp_path / out
+    assert gpu_check.main([str(path), "--device", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: out must be a folder that can be written to, but got ")
+    assert str(path) in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastattn
 from fastattn.dropout import draw_seed
 
-from ..cases import Case, Cost, Op, Provider, with_compiled
+from ..cases import CannotRun, Case, Cost, Op, Provider, with_compiled
 
 
 class Attention(nn.Module):
@@ -47,15 +47,20 @@ class Sdpa(Attention):
 
 
 class ForcedSdpa(Sdpa):
-    """The same with one kernel of torch's, an error where that cannot run."""
+    """The same with one kernel of torch's, or not at all."""
 
     def __init__(self, kernel: SDPBackend, case: Case):
         super().__init__(case)
         self.kernel = kernel
 
     def forward(self, query, key, value, padding=None):
-        with sdpa_kernel(self.kernel):
-            return super().forward(query, key, value, padding)
+        try:
+            with sdpa_kernel(self.kernel):
+                return super().forward(query, key, value, padding)
+        except RuntimeError as error:
+            if "No available kernel" in str(error):
+                raise CannotRun("torch has no such kernel for these inputs here") from error
+            raise
 
 
 @functools.cache
@@ -202,7 +207,7 @@ OP = Op(
                 ("cudnn", SDPBackend.CUDNN_ATTENTION, why_not_cudnn),
             )
         ),
-        Provider("flex, no dropout", Flex, why_not=why_not_flex),
+        Provider("flex (no dropout)", Flex, why_not=why_not_flex),
         *with_compiled(Provider("fastattn", Fastattn)),
     ),
     inputs=inputs,

@@ -11,7 +11,7 @@ from fastattn.dropout import draw_seed
 
 from ..cases import Case, Cost, Op, Provider, with_compiled
 from ..naive_dropout import naive_dropout, why_not_naive_dropout
-from .layer_norm import why_not_liger
+from .layer_norm import CASES, why_not_liger
 
 
 class Eager(nn.Module):
@@ -80,19 +80,7 @@ def inputs(case: Case) -> dict[str, tuple[int, ...]]:
 
 OP = Op(
     name="dropout_add_layer_norm",
-    cases={
-        "cpu": (
-            Case(8, 128, 384, quick=True),
-            Case(8, 128, 768),
-        ),
-        "cuda": (
-            Case(32, 512, 768, precision="bf16"),
-            Case(32, 512, 1024, precision="bf16", quick=True),
-            Case(32, 512, 2048, precision="bf16"),
-            Case(32, 512, 4096, precision="bf16"),
-            Case(32, 512, 1024, precision="autocast"),
-        ),
-    },
+    cases=CASES,
     providers=(
         *with_compiled(Provider("eager", Eager)),
         Provider("naive dropout kernel", NaiveDropout, why_not=why_not_naive_dropout),

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from ..cases import Case, Op
+from ..cases import Case, Mode, Op
 from . import encoder_layer
 
 
@@ -29,6 +29,12 @@ def build(layer_class: type[nn.TransformerEncoderLayer], case: Case) -> nn.Modul
     return stack(encoder_layer.build(layer_class, case), case.layers)
 
 
+def why_not_captured(case: Case, mode: Mode) -> str | None:
+    if case.padding and not mode.training:
+        return "nn.TransformerEncoder packs padded batches on the host in inference"
+    return None
+
+
 OP = Op(
     name="encoder_stack",
     cases={
@@ -46,4 +52,5 @@ OP = Op(
     cost=encoder_layer.cost,
     masks=encoder_layer.masks,
     trains=True,
+    why_not_captured=why_not_captured,
 )

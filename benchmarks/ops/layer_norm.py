@@ -52,21 +52,23 @@ def cost(case: Case) -> dict[str, Cost]:
     }
 
 
+CASES = {
+    "cpu": (
+        Case(8, 128, 384, quick=True),
+        Case(8, 128, 768),
+    ),
+    "cuda": (
+        Case(32, 512, 768, precision="bf16"),
+        Case(32, 512, 1024, precision="bf16", quick=True),
+        Case(32, 512, 2048, precision="bf16"),
+        Case(32, 512, 4096, precision="bf16"),
+        Case(32, 512, 1024, precision="autocast"),
+    ),
+}
+
 OP = Op(
     name="layer_norm",
-    cases={
-        "cpu": (
-            Case(8, 128, 384, quick=True),
-            Case(8, 128, 768),
-        ),
-        "cuda": (
-            Case(32, 512, 768, precision="bf16"),
-            Case(32, 512, 1024, precision="bf16", quick=True),
-            Case(32, 512, 2048, precision="bf16"),
-            Case(32, 512, 4096, precision="bf16"),
-            Case(32, 512, 1024, precision="autocast"),
-        ),
-    },
+    cases=CASES,
     providers=(
         *with_compiled(Provider("eager", LayerNorm)),
         Provider("liger", LigerLayerNorm, why_not=why_not_liger),

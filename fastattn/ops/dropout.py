@@ -85,8 +85,8 @@ def token_dropout(
             raise mismatch("row_index", f"{rows} torch.int32", got)
         if row_period is None:
             raise mismatch("row_period", "given with row_index", None)
-    if row_period is not None and row_period < 0:
-        raise mismatch("row_period", "at least 0", row_period)
+    if row_period is not None and not 0 <= row_period < 2**32:
+        raise mismatch("row_period", "from 0 to 2**32 - 1", row_period)
     if column_offset < 0:
         raise mismatch("column_offset", "at least 0", column_offset)
     if row_period is None:
