@@ -25,7 +25,7 @@ from fastattn.kernels.dropout import activation_words, is_kept, token_coordinate
 
 SLICES = 8  # of a block of 64 columns
 ACCESS_BYTES = 16  # of the widest load and store
-NUM_WARPS = 4
+NUM_WARPS = 8
 CELLS = 32 * NUM_WARPS  # of a program
 GRID_LIMIT = 65535  # programs along dimension 1 of a CUDA grid
 

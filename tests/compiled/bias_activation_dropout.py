@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -25,10 +24,6 @@ DROPOUT = TokenDropout(dropout_p=0.1, seed=SEED, site=1, row_period=512)
 #: Instructions an element of forward in bf16 with dropout, on sm_90. An H200 can issue about 29 in
 #: the time in which it moves an element through memory; exact gelu alone takes most of them.
 TARGETS = {"relu": 16.0, "gelu": 39.0}
-
-#: Loads and stores where ptxas for sm_100 keeps one or two pairs of registers on the stack, once a
-#: thread, although it uses 56 and 48 registers of 255.
-SPILLS = {"fp32 bias forward": 2, "two columns an access backward": 4}
 
 
 def elements(region: Region) -> float:
@@ -60,17 +55,9 @@ def variants(
 
     forward_result = input if bias is None else input + bias
     return [
-        variant(f"{name} forward", forward, "forward_kernel", targets),
-        variant(f"{name} backward", backward, "backward_kernel", {}),
+        Variant(f"{name} forward", forward, {"forward_kernel": Kernel(elements, at_most=targets)}),
+        Variant(f"{name} backward", backward, {"backward_kernel": Kernel(elements)}),
     ]
-
-
-def variant(
-    name: str, call: Callable[[], object], kernel: str, targets: dict[int, float]
-) -> Variant:
-    spills = SPILLS.get(name, 0)
-    expected = Kernel(elements, at_most=targets, stack={100: 4 * spills}, spills={100: spills})
-    return Variant(name, call, {kernel: expected})
 
 
 VARIANTS = [
