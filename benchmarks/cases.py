@@ -19,7 +19,6 @@ Why = Callable[["Case", str], "str | None"]
 #: The dtype of weights and data; "autocast" runs fp32 ones under bf16 autocast.
 PRECISIONS = {
     "fp32": torch.float32,
-    "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "autocast": torch.float32,
 }

@@ -350,14 +350,6 @@ def test_a_target_holds_whatever_the_budget() -> None:
     ]
 
 
-def test_a_spill_passes_only_where_it_is_stated() -> None:
-    stated = replace(KERNEL, stack={90: 8, 100: 16}, spills={90: 2, 100: 4})
-    spilling = replace(FIGURES, stack=8, spills=2)
-    assert budgets.fixed_verdicts(spilling, stated, 90) == []
-    assert len(budgets.fixed_verdicts(spilling, stated, 80)) == 2
-    assert len(budgets.fixed_verdicts(replace(FIGURES, stack=16, spills=4), stated, 90)) == 2
-
-
 def test_tensor_cores_are_needed_whatever_the_budget() -> None:
     assert verdicts(replace(FIGURES, tensor_cores=None), tensor_cores=None) == [
         "op, variant, sm_90, kernel: no tensor-core instruction"

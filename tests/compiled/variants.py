@@ -42,9 +42,6 @@ class Kernel:
     tensor_cores: bool = False
     #: By architecture, instructions an element that must not be passed whatever the budget says.
     at_most: Mapping[int, float] = field(default_factory=dict)
-    #: By architecture, bytes of stack, and loads and stores of spilled registers: else none.
-    stack: Mapping[int, int] = field(default_factory=dict)
-    spills: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
