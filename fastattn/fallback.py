@@ -98,20 +98,26 @@ def _add_in_place(branch: Tensor, bias: Tensor | None, residual: Tensor) -> Tens
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
-) -> tuple[Tensor, Tensor]:
-    """(B, Sq, H, D) output in memory order of ``query``; no statistics are kept (empty lse)."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    arguments: AttentionArguments,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write the output to ``out``, of ``query``'s shape; no statistics are kept (empty ``lse``)."""
     if arguments.cu_seqlens_q is not None:
         padded, dense = _padded_arguments(query, key, value, arguments)
-        out, lse = attention_forward(*padded, dense)
-        return pack(out, arguments.cu_seqlens_q, query.shape[0]), lse
+        padded_out = torch.empty_like(padded[0])
+        attention_forward(*padded, dense, padded_out, lse)
+        out.copy_(pack(padded_out, arguments.cu_seqlens_q, query.shape[0]))
+        return
     q, k, v = (_heads_first(x) for x in (query, key, value))
     probabilities = _probabilities(q, k, arguments)
     factor = arguments.dropout.factor(probabilities.shape, probabilities.dtype)
     if factor is not None:
         probabilities.mul_(factor)
-    out = probabilities.to(v.dtype) @ v  # [B, H, Sq, D]
-    return like_query(query).copy_(out.transpose(1, 2)), query.new_empty(0, dtype=torch.float32)
+    out.copy_((probabilities.to(v.dtype) @ v).transpose(1, 2))
 
 
 def attention_backward(
@@ -123,26 +129,23 @@ def attention_backward(
     lse: Tensor,
     arguments: AttentionArguments,
     grad_masks: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value (memory order of each), key padding mask, mask.
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradients of query, key and value; return those of the two masks, where wanted.
 
     P is recomputed, and neither ``out`` nor ``lse`` is used. With M the dropout multiplier:
     dV = (P M)^T dO, dP = M (dO V^T), dS = P (dP - rowsum(dP P)), dQ = scale dS K,
     dK = scale dS^T Q.
     """
     if arguments.cu_seqlens_q is not None:
+        cu_q, cu_k = arguments.cu_seqlens_q, arguments.cu_seqlens_k
         padded, dense = _padded_arguments(query, key, value, arguments)
-        seqlens, length = arguments.cu_seqlens_q, arguments.max_seqlen_q
-        padded_out, padded_grad = (unpack(x, seqlens, length) for x in (out, grad_out))
-        *grads, _, _ = attention_backward(
-            padded_grad, *padded, padded_out, lse, dense, (False, False)
-        )
-        seqlens = (arguments.cu_seqlens_q, arguments.cu_seqlens_k, arguments.cu_seqlens_k)
-        packed = [
-            pack(g, cu, x.shape[0])
-            for g, cu, x in zip(grads, seqlens, (query, key, value), strict=True)
-        ]
-        return (*packed, None, None)
+        padded_out, padded_grad = (unpack(x, cu_q, arguments.max_seqlen_q) for x in (out, grad_out))
+        grads = tuple(torch.empty_like(x) for x in padded)
+        attention_backward(padded_grad, *padded, padded_out, lse, dense, grad_masks, grads)
+        for target, grad, cu_seqlens in zip(gradients, grads, (cu_q, cu_k, cu_k), strict=True):
+            target.copy_(pack(grad, cu_seqlens, target.shape[0]))
+        return None, None
     q, k, v, d_out = (_heads_first(x) for x in (query, key, value, grad_out))
     probabilities = _probabilities(q, k, arguments)
     factor = arguments.dropout.factor(probabilities.shape, probabilities.dtype)
@@ -151,7 +154,8 @@ def attention_backward(
     if factor is not None:
         d_scores.mul_(factor)
         dropped = factor.mul_(probabilities)
-    d_value = dropped.to(v.dtype).transpose(-1, -2) @ d_out
+    d_query, d_key, d_value = gradients
+    d_value.copy_((dropped.to(v.dtype).transpose(-1, -2) @ d_out).transpose(1, 2))
     aten._softmax_backward_data.out(
         d_scores, probabilities, -1, d_scores.dtype, grad_input=d_scores
     )
@@ -162,10 +166,9 @@ def attention_backward(
         mask = arguments.attn_mask
         d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
     d_scores = d_scores.to(q.dtype)
-    d_query = (d_scores @ k).mul_(arguments.scale)
-    d_key = (d_scores.transpose(-1, -2) @ q).mul_(arguments.scale)
-    grads = (d_query, d_key, d_value)
-    return (*(g.transpose(1, 2) for g in grads), d_padding, d_mask)
+    d_query.copy_((d_scores @ k).mul_(arguments.scale).transpose(1, 2))
+    d_key.copy_((d_scores.transpose(-1, -2) @ q).mul_(arguments.scale).transpose(1, 2))
+    return d_padding, d_mask
 
 
 def attention_composite(

@@ -200,7 +200,8 @@ def _prepare(
         _check_packed(arguments, query, key)
     else:
         arguments = _check_masks(arguments, query, key)
-    backend = dispatch.choose(op, query, backend, head_dim=query.shape[-1], arguments=arguments)
+    facts = {"dtype": query.dtype, "head_dim": query.shape[-1], "arguments": arguments}
+    backend = dispatch.choose(op, query, backend, **facts)
     return arguments._replace(backend=backend)
 
 
@@ -277,21 +278,57 @@ def _leaves_it_to_torch(arguments: AttentionArguments) -> bool:
 
 # --------------------------------------------------------------------- why not, per backend
 
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TRITON_HEAD_DIM = 256
+
+
+def why_not_triton(
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    head_dim: int = 1,
+    arguments: AttentionArguments | None = None,
+    **facts: object,
+) -> str | None:
+    """Why the Triton attention kernels cannot run a call."""
+    if dtype is not None and dtype not in _TRITON_DTYPES:
+        return f"its kernels take fp16, bf16 and fp32, not {dtype}"
+    if dtype == torch.float64 and device.type == "cuda":
+        return "its kernels take fp64 in Triton's interpreter only"
+    if head_dim > _TRITON_HEAD_DIM:
+        return f"its kernels take head dimensions up to {_TRITON_HEAD_DIM}, not {head_dim}"
+    if arguments is not None and arguments.scale < 0:
+        return f"its kernels take a scale of at least 0, not {arguments.scale}"
+    return dispatch.why_not_triton(device)
+
+
 for _op in ("attention", "attention_packed"):
     dispatch.register(_op, "pytorch", fallback)
+    dispatch.register(_op, "triton", "fastattn.kernels.attention", why_not_triton)
 
 
 # ------------------------------------------------------------- schema, fake, implementation
 
 
+def _results(query: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Empty output and log-sum-exp: of each query and head, (B, H, Sq) or (H, Tq), from kernels."""
+    shape: tuple[int, ...] = (0,)
+    if AttentionArguments(*options).backend != "pytorch":
+        *batch, length, heads, _ = query.shape
+        shape = (*batch, heads, length)
+    lse = query.new_empty(shape, dtype=fallback.accumulation_dtype(query.dtype))
+    return fallback.like_query(query), lse
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     arguments = AttentionArguments(*options)
+    results = _results(query, *options)
     functions = dispatch.functions("attention", arguments.backend)
-    return functions.attention_forward(query, key, value, arguments)
+    functions.attention_forward(query, key, value, arguments, *results)
+    return results
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any):
-    return fallback.like_query(query), query.new_empty(0, dtype=torch.float32)
+    return _results(query, *options)
 
 
 def _backward(
@@ -306,8 +343,8 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     arguments = AttentionArguments(*options)
-    functions = dispatch.functions("attention", arguments.backend)
-    grads = functions.attention_backward(
+    gradients = tuple(fallback.like_query(x) for x in (query, key, value))
+    of_masks = dispatch.functions("attention", arguments.backend).attention_backward(
         grad_out,
         query,
         key,
@@ -316,11 +353,9 @@ def _backward(
         lse,
         arguments,
         (grad_key_padding_mask, grad_attn_mask),
+        gradients,
     )
-    dense = (
-        fallback.like_query(x).copy_(g) for x, g in zip((query, key, value), grads[:3], strict=True)
-    )
-    return *dense, *(query.new_empty(0) if g is None else g for g in grads[3:])
+    return *gradients, *(query.new_empty(0) if g is None else g for g in of_masks)
 
 
 def _mask_gradients_fake(
@@ -339,13 +374,11 @@ def _backward_fake(grad_out, query, key, value, out, lse, grad_padding, grad_mas
 
 
 def _packed_forward(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    arguments = AttentionArguments(*options)
-    functions = dispatch.functions("attention_packed", arguments.backend)
-    return functions.attention_forward(*qkv.unbind(-3), arguments)
+    return _forward(*qkv.unbind(-3), *options)
 
 
 def _packed_forward_fake(qkv: Tensor, *options: Any):
-    return _forward_fake(*qkv.unbind(-3), *options)
+    return _results(qkv.select(-3, 0), *options)
 
 
 def _packed_backward(
@@ -358,19 +391,17 @@ def _packed_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = AttentionArguments(*options)
-    functions = dispatch.functions("attention_packed", arguments.backend)
-    *grads, d_padding, d_mask = functions.attention_backward(
+    d_qkv = fallback.like_query(qkv)
+    of_masks = dispatch.functions("attention_packed", arguments.backend).attention_backward(
         grad_out,
         *qkv.unbind(-3),
         out,
         lse,
         arguments,
         (grad_key_padding_mask, grad_attn_mask),
+        d_qkv.unbind(-3),
     )
-    d_qkv = fallback.like_query(qkv)
-    for target, grad in zip(d_qkv.unbind(-3), grads, strict=True):
-        target.copy_(grad)
-    return d_qkv, *(qkv.new_empty(0) if g is None else g for g in (d_padding, d_mask))
+    return d_qkv, *(qkv.new_empty(0) if g is None else g for g in of_masks)
 
 
 def _packed_backward_fake(grad_out, qkv, out, lse, grad_padding, grad_mask, *options):

@@ -11,7 +11,7 @@ from typing import Any
 
 from compiled.gpu import GPUS
 from compiled.measure import Figures, Measured
-from compiled.variants import Kernel
+from compiled.variants import Extra, Kernel
 
 #: {"triton": version, "budgets": {op: {variant: {"sm_80": {kernel: {figure: ceiling}}}}}}
 PATH = Path(__file__).with_name("budgets.json")
@@ -134,6 +134,32 @@ def budget_verdicts(figures: Figures, ceilings: Mapping[str, Any]) -> list[str]:
             f"the budget has {ceilings['tensor_cores']}"
         )
     return [failure for failure in found if failure]
+
+
+def extras(
+    measured: Iterable[Measured], listed: Iterable[tuple[str, Extra]]
+) -> tuple[list[str], list[str]]:
+    """What variants cost beyond others, a line each, and which of them is too much."""
+    figures = {
+        (result.op, result.variant, result.arch, kernel): figures.instructions
+        for result in measured
+        for kernel, figures in result.kernels.items()
+    }
+    found, failures = [], []
+    for op, extra in listed:
+        for arch, ceiling in extra.at_most.items():
+            more, less = (
+                figures.get((op, variant, arch, extra.kernel))
+                for variant in (extra.variant, extra.beyond)
+            )
+            if more is None or less is None:
+                continue
+            added = max(a - b for a, b in zip(more, less, strict=True))
+            line = f"{op}, {extra.variant}, sm_{arch}, {extra.kernel}, beyond {extra.beyond}"
+            found.append(f"{line}: {added:.2f} instructions an element of {ceiling:.12g}")
+            if failure := _over("instructions an element", added, ceiling, "the target is"):
+                failures.append(f"{line}: {failure}")
+    return found, failures
 
 
 def _over(what: str, figure: float, ceiling: float, words: str = "the ceiling is") -> str | None:

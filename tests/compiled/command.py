@@ -16,7 +16,7 @@ import triton
 
 from compiled import budgets, gpu
 from compiled.measure import Figures, Measured, kernel_name, measure, nvcc
-from compiled.variants import ARCHITECTURES, Kernel, Source, Variant, listed, shipped_ops
+from compiled.variants import ARCHITECTURES, Kernel, Source, Variant, listed, load, shipped_ops
 
 HEADINGS = (
     *("kernel", "sm", "registers", "stack", "spills", "shared bytes", "limit"),
@@ -49,7 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in measured:
         failures += budgets.verdicts(result, expectations(result, works), committed)
 
+    extras = [(op, extra) for op in works for extra in getattr(load(op), "EXTRAS", ())]
+    found, too_much = budgets.extras(measured, extras)
+    failures += too_much
+
     print_table(rows(measured, works))
+    print("".join(f"\n{line}" for line in found))
     launches = sum(len(result.kernels) for result in measured)
     print(
         f"\n{launches} kernels of {len(measured)} variants, triton {triton.__version__}, "

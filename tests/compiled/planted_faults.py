@@ -8,7 +8,7 @@ import torch
 
 from compiled.planted_kernels import autotuned_row_sum, matmul, row_sum
 from compiled.planted_sound import loaded_elements, matmul_elements
-from compiled.variants import Kernel, Source, Variant
+from compiled.variants import Extra, Kernel, Source, Variant
 
 A = torch.empty(512, 512, dtype=torch.bfloat16, device="meta")
 SINGLE = A.float()
@@ -41,3 +41,5 @@ VARIANTS = [
 SOURCES = [
     Source(Path(__file__).parent / "planted" / "spilling.cu", {"stir": Kernel(lambda region: 64)})
 ]
+
+EXTRAS = [Extra("over budget", "no budget", "row_sum_kernel", {90: -1.0})]

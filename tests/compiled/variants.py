@@ -54,6 +54,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """What a variant may cost beyond another: instructions an element of one kernel's regions."""
+
+    variant: str
+    beyond: str
+    kernel: str
+    at_most: Mapping[int, float]  # by architecture
+
+
+@dataclass(frozen=True)
 class Source:
     """A CUDA file; its kernels go by their names without namespaces and template arguments."""
 

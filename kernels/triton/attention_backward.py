@@ -1,0 +1,532 @@
+"""Attention, backward: deterministic, without atomics and without a matrix of scores in memory.
+
+With Z = dropout(P), P = softmax(S) and S = scale q k^T + masks, all made again from lse and seed:
+
+    dV = Z^T dO    dP = dropout(dO V^T)    delta = rowsum(dO * out)    dS = P * (dP - delta)
+    dQ = scale dS K    dK = scale dS^T Q    d mask = dS, summed where the mask broadcasts
+
+``keep_scale`` stays out of the inner loops: with D the decisions, 0 or 1, they compute
+
+    dS / keep_scale = D * P * (dO V^T) - P * (delta / keep_scale)
+
+and what they add up is multiplied at the end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.attention_forward import RUNTIME
+from fastattn.kernels.attention_tiles import (
+    ALL,
+    FLAGS,
+    LOG2E,
+    bias_offset,
+    dropout_of,
+    exp2_of_nonpositive,
+    in_log2,
+    is_open,
+    kept,
+    kept_transposed,
+    length_of,
+    load_mask,
+    load_tile,
+    masked,
+    masked_pairs,
+    padded,
+    product,
+    program_of,
+    rows_of,
+    runs_of,
+    sequence_of,
+    start_of,
+    statistics_offset,
+    store_tile,
+    sum_dtype,
+)
+
+# ---------------------------------------------------------------------------------------- dQ
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def query_gradient_kernel(
+    dOut,  # like Q
+    Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
+    K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
+    V,  # like K
+    Out,  # like Q
+    Lse,  # [B, heads, seqlen_q], or [heads, tokens]
+    Delta,  # like Lse
+    dQ,  # like Q
+    KeyMask,  # [B, seqlen_k] uint8 or float, or None
+    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
+    KeyLengths,  # [B] int32, or None
+    QueryLengths,  # [B] int32, or None
+    CuSeqlensQ,  # [B + 1] int32, or None
+    CuSeqlensK,  # [B + 1] int32, or None
+    Seed,  # [1] int64, or None
+    do_strides,  # of batch, row and head, in UNITs; like those of Q, K, V, Out and dQ
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dq_strides,
+    lse_stride,  # of Lse's second to last dimension
+    key_stride,  # of KeyMask's batch
+    bias_strides,
+    bias_columns,
+    heads,
+    query_blocks,
+    seqlen_q,
+    seqlen_k,
+    scale: tl.float64,
+    site,
+    head_offset,
+    threshold,
+    keep_scale: tl.float64,
+    TILE: tl.constexpr,
+):
+    """dQ, and delta / keep_scale for the kernels after it.
+
+    A program owns BLOCK_M queries of one head and walks over the keys that count for them.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
+    block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
+    first_q, seqlen_q = sequence_of(CuSeqlensQ, sequence, seqlen_q)
+    first_k, seqlen_k = sequence_of(CuSeqlensK, sequence, seqlen_k)
+    start_m = block * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+    end_m = length_of(QueryLengths, sequence, seqlen_q)
+    end_n = length_of(KeyLengths, sequence, seqlen_k)
+    if TILE.IS_CAUSAL:
+        end_n = tl.minimum(end_n, start_m + BLOCK_M)
+    end_n = tl.where(start_m < end_m, end_n, 0)
+
+    dOut = rows_of(dOut, do_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    row = statistics_offset(lse_stride, sequence, head, heads, CuSeqlensQ, first_q)
+    keys = K, V, k_strides[1], v_strides[1]
+    offset = bias_offset(bias_strides, sequence, head, TILE)
+    key_offset = sequence.to(tl.int64) * key_stride
+    masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+    dropout = None
+    if Seed is not None:
+        dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
+    score_scale = tl.full([], scale * LOG2E, dtype)
+    out_scale = tl.full([], scale * keep_scale, dtype)
+    keep_scale = tl.full([], keep_scale, dtype)
+
+    q = load_tile(Q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
+    do = load_tile(dOut, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
+    out = load_tile(Out, start_m, out_strides[1], end_m, BLOCK_M, TILE, True)
+    m = start_m + tl.arange(0, BLOCK_M)
+    lse = tl.load(Lse + row + m, mask=m < seqlen_q, other=float("inf"))
+    delta = row_products(do, out, keep_scale)
+    tl.store(Delta + row + m, delta, mask=m < seqlen_q)
+    rows = q, do, lse, delta
+
+    dq = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
+    ends = end_m, end_n
+    n_blocks = tl.cdiv(end_n, BLOCK_N)
+    for first_block in tl.range(0, n_blocks, ALL if KeyMask is None else FLAGS):
+        whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
+        if Bias is None:
+            dq = gather_from_keys(
+                dq, rows, keys, whole, masks, dropout, score_scale, start_m, ends, TILE, False
+            )
+        dq = gather_from_keys(
+            dq, rows, keys, rest, masks, dropout, score_scale, start_m, ends, TILE, True
+        )
+    store_tile(dQ, dq * out_scale, start_m, dq_strides[1], seqlen_q, BLOCK_M, TILE)
+
+
+@triton.jit
+def row_products(do, out, keep_scale):
+    """delta / keep_scale of a tile of queries; 0 where everything drops, as the output is."""
+    delta = tl.sum(do.to(keep_scale.dtype) * out.to(keep_scale.dtype), 1)
+    return delta / tl.where(keep_scale > 0, keep_scale, 1.0)
+
+
+@triton.jit
+def gather_from_keys(
+    dq,  # [BLOCK_M, padded HEAD_DIM]
+    rows,  # q, do [BLOCK_M, padded HEAD_DIM]; lse, delta [BLOCK_M]
+    keys,  # K, V and their strides
+    run,
+    masks,
+    dropout,
+    scale,
+    start_m,
+    ends,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add dS K over a run of blocks of keys."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    K, V, k_stride, v_stride = keys
+    _, flags, count = run
+    for i in tl.range(count):
+        start_n = start_of(run, i, flags, masks, BLOCK_N)
+        flags &= flags - 1
+        k = load_tile(K, start_n, k_stride, ends[1], BLOCK_N, TILE, MASKED)
+        v = load_tile(V, start_n, v_stride, ends[1], BLOCK_N, TILE, MASKED)
+        ds = score_gradients(
+            rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, MASKED
+        )
+        dq = product(ds.to(k.dtype), k, TILE, dq)
+    return dq
+
+
+@triton.jit
+def score_gradients(
+    rows,
+    k,
+    v,
+    masks,
+    dropout,
+    scale,
+    start_m,
+    start_n,
+    ends,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dS / keep_scale of a tile, [BLOCK_M, BLOCK_N]."""
+    q, do, lse, delta = rows
+    scores = product(q, tl.trans(k), TILE) * scale
+    if MASKED:
+        scores = masked(scores, masks, start_m, start_n, ends, TILE)
+    probs = exp2_of_nonpositive(scores - lse[:, None])
+    dp = product(do, tl.trans(v), TILE)
+    if dropout is not None:
+        keep = kept(dropout, start_m, start_n, TILE)
+        return tl.where(keep, probs, 0.0) * dp - probs * delta[:, None]
+    else:
+        return probs * (dp - delta[:, None])
+
+
+# ------------------------------------------------------------------------- dK, dV, and dQ with them
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def key_gradient_kernel(
+    dOut,  # like Q
+    Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
+    K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
+    V,  # like K
+    Out,  # like Q
+    Lse,  # [B, heads, seqlen_q], or [heads, tokens]
+    Delta,  # like Lse, from query_gradient_kernel; None where dQ is given
+    dQ,  # like Q; None unless one tile holds all keys
+    dK,  # like K
+    dV,  # like K
+    KeyMask,  # [B, seqlen_k] uint8 or float, or None
+    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
+    KeyLengths,  # [B] int32, or None
+    QueryLengths,  # [B] int32, or None
+    CuSeqlensQ,  # [B + 1] int32, or None
+    CuSeqlensK,  # [B + 1] int32, or None
+    Seed,  # [1] int64, or None
+    do_strides,  # of batch, row and head, in UNITs; like those of Q to dV
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dq_strides,
+    dk_strides,
+    dv_strides,
+    lse_stride,  # of Lse's second to last dimension
+    key_stride,  # of KeyMask's batch
+    bias_strides,
+    bias_columns,
+    heads,
+    key_blocks,
+    seqlen_q,
+    seqlen_k,
+    scale: tl.float64,
+    site,
+    head_offset,
+    threshold,
+    keep_scale: tl.float64,
+    TILE: tl.constexpr,
+):
+    """dK and dV; with dQ, which needs one tile to hold all keys, the whole backward pass.
+
+    A program owns BLOCK_N keys of one head and walks over the queries. Its tiles of scores are
+    transposed, [BLOCK_N, BLOCK_M], so that they are the left operands of both products as they are.
+    A row of such a tile concerns no key but its own, so that the gradients of keys that do not
+    count need only be set to zero at the end.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
+    block, head, sequence = program_of(key_blocks, heads, False)
+    first_q, seqlen_q = sequence_of(CuSeqlensQ, sequence, seqlen_q)
+    first_k, seqlen_k = sequence_of(CuSeqlensK, sequence, seqlen_k)
+    start_n = block * BLOCK_N
+    if dQ is None:
+        if start_n >= seqlen_k:
+            return
+    end_m = length_of(QueryLengths, sequence, seqlen_q)
+    end_n = length_of(KeyLengths, sequence, seqlen_k)
+
+    dOut = rows_of(dOut, do_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    dK = rows_of(dK, dk_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    dV = rows_of(dV, dv_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    row = statistics_offset(lse_stride, sequence, head, heads, CuSeqlensQ, first_q)
+    if dQ is not None:
+        dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    else:
+        Delta += row
+    queries = Q, dOut, Out, Lse + row, Delta, dQ
+    strides = q_strides[1], do_strides[1], out_strides[1], dq_strides[1]
+    offset = bias_offset(bias_strides, sequence, head, TILE)
+    key_offset = sequence.to(tl.int64) * key_stride
+    masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+    dropout = None
+    if Seed is not None:
+        dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
+    out_scale = tl.full([], scale * keep_scale, dtype)
+    keep_scale = tl.full([], keep_scale, dtype)
+    scales = tl.full([], scale * LOG2E, dtype), out_scale, keep_scale
+
+    n = start_n + tl.arange(0, BLOCK_N)
+    counts = n < end_n
+    added = None
+    if KeyMask is not None:
+        key_mask = load_mask(KeyMask + key_offset + n, counts)
+        counts &= is_open(key_mask)
+        if key_mask.dtype != tl.uint8:
+            added = in_log2(key_mask.to(dtype))
+    if dQ is not None:  # no other key may reach dQ
+        added = tl.where(counts, 0.0 if added is None else added, float("-inf")).to(dtype)
+    k = load_tile(K, start_n, k_strides[1], end_n, BLOCK_N, TILE, True)
+    v = load_tile(V, start_n, v_strides[1], end_n, BLOCK_N, TILE, True)
+    dk = tl.zeros([BLOCK_N, padded(TILE.HEAD_DIM)], dtype)
+    dv = tl.zeros([BLOCK_N, padded(TILE.HEAD_DIM)], dtype)
+
+    query_blocks = tl.cdiv(end_m, BLOCK_M)
+    if dQ is not None:  # whose every row is written
+        query_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    else:
+        query_blocks = tl.where(tl.max(counts.to(tl.int32), 0) != 0, query_blocks, 0)
+    first, whole = 0, 0  # the first block, and the first for which every key counts
+    if TILE.IS_CAUSAL:
+        first = tl.minimum(start_n // BLOCK_M, query_blocks)
+        whole = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M), query_blocks)
+    if Bias is not None or (TILE.IS_CAUSAL and dQ is not None):
+        whole = query_blocks
+    tile = k, v, start_n
+    ends = end_m, end_n, seqlen_q
+    if TILE.IS_CAUSAL or Bias is not None:
+        dk, dv = gather_from_queries(
+            dk, dv, tile, added, queries, strides, first, whole, masks, dropout, scales,
+            ends, TILE, True,
+        )  # fmt: skip
+    if Bias is None and (dQ is None or not TILE.IS_CAUSAL):
+        dk, dv = gather_from_queries(
+            dk, dv, tile, added, queries, strides, whole, query_blocks, masks, dropout, scales,
+            ends, TILE, False,
+        )  # fmt: skip
+    dk *= out_scale
+    dv *= keep_scale
+    if dQ is None:
+        dk = tl.where(counts[:, None], dk, 0.0)
+        dv = tl.where(counts[:, None], dv, 0.0)
+    store_tile(dK, dk, start_n, dk_strides[1], seqlen_k, BLOCK_N, TILE)
+    store_tile(dV, dv, start_n, dv_strides[1], seqlen_k, BLOCK_N, TILE)
+
+
+@triton.jit
+def gather_from_queries(
+    dk,  # [BLOCK_N, padded HEAD_DIM]
+    dv,  # [BLOCK_N, padded HEAD_DIM]
+    tile,  # k, v [BLOCK_N, padded HEAD_DIM], and the first key
+    added,  # [BLOCK_N] to the scores of each key, or None
+    queries,  # Q, dOut, Out, Lse, Delta, dQ
+    strides,  # of Q, dOut, Out, dQ
+    first_block,
+    end_block,
+    masks,
+    dropout,
+    scales,
+    ends,  # of the queries and of the keys that count, and of all queries
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add dS^T Q and Z^T dO over blocks of queries; with dQ write dS K."""
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    k, v, start_n = tile
+    Q, dOut, Out, Lse, Delta, dQ = queries
+    score_scale, out_scale, keep_scale = scales
+    for block in tl.range(first_block, end_block):
+        start_m = block * BLOCK_M
+        m = start_m + tl.arange(0, BLOCK_M)
+        q = load_tile(Q, start_m, strides[0], ends[0], BLOCK_M, TILE, True)
+        do = load_tile(dOut, start_m, strides[1], ends[0], BLOCK_M, TILE, True)
+        lse = load_shared(Lse + m, m < ends[0], float("inf"), BLOCK_M)
+        if dQ is not None:
+            out = load_tile(Out, start_m, strides[2], ends[0], BLOCK_M, TILE, True)
+            delta = row_products(do, out, keep_scale)
+        else:
+            delta = load_shared(Delta + m, m < ends[0], 0.0, BLOCK_M)
+        scores = product(k, tl.trans(q), TILE)
+        scores *= score_scale  # [BLOCK_N, BLOCK_M]
+        if MASKED:
+            scores = masked_pairs(scores, masks, start_m, start_n, ends, TILE, True)
+        if added is not None:
+            scores += added[:, None]
+        probs = exp2_of_nonpositive(scores - lse[None, :])
+        dp = product(v, tl.trans(do), TILE)
+        if dropout is not None:
+            keep = kept_transposed(dropout, start_m, start_n, TILE)
+            dropped = tl.where(keep, probs, 0.0)
+            ds = dropped * dp - probs * delta[None, :]
+        else:
+            dropped = probs
+            ds = probs * (dp - delta[None, :])
+        ds = ds.to(q.dtype)
+        dv = product(dropped.to(do.dtype), do, TILE, dv)
+        dk = product(ds, q, TILE, dk)
+        if dQ is not None:
+            dq = product(tl.trans(k), ds, TILE)
+            dq = tl.trans(dq * out_scale)
+            store_tile(dQ, dq, start_m, strides[3], ends[2], BLOCK_M, TILE)
+    return dk, dv
+
+
+@triton.jit
+def load_shared(pointers, exists, other, BLOCK: tl.constexpr):
+    """A vector that every thread needs whole, loaded once by all threads together.
+
+    The gather changes no value. It keeps the compiler from letting each thread load all elements
+    for itself, as Triton 3.6 does (7 instructions a score).
+    """
+    return tl.gather(tl.load(pointers, mask=exists, other=other), tl.arange(0, BLOCK), 0)
+
+
+# ---------------------------------------------------------------------------- gradient of a mask
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def mask_gradient_kernel(
+    dOut,  # [B, seqlen_q, heads, HEAD_DIM]
+    Q,  # [B, seqlen_q, heads, HEAD_DIM]
+    K,  # [B, seqlen_k, heads, HEAD_DIM]
+    V,  # like K
+    Lse,  # [B, heads, seqlen_q]
+    Delta,  # like Lse
+    dMask,  # [splits, B|1, heads|1, seqlen_q|1, seqlen_k|1]
+    KeyMask,  # [B, seqlen_k] uint8 or float, or None
+    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
+    KeyLengths,  # [B] int32, or None
+    QueryLengths,  # [B] int32, or None
+    Seed,  # [1] int64, or None
+    do_strides,  # of batch, row and head, in UNITs; like those of Q, K and V
+    q_strides,
+    k_strides,
+    v_strides,
+    dmask_strides,  # all five, 0 where it broadcasts
+    lse_stride,  # of Lse's second to last dimension
+    key_stride,  # of KeyMask's batch
+    bias_strides,
+    bias_columns,
+    batch,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    splits,
+    scale: tl.float64,
+    site,
+    head_offset,
+    threshold,
+    keep_scale: tl.float64,
+    SUM_BATCH: tl.constexpr,
+    SUM_HEADS: tl.constexpr,
+    SUM_M: tl.constexpr,
+    SUM_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """dMask = dS, summed over the dimensions along which the mask broadcasts.
+
+    A program owns a tile of the gradient and a share, one of ``splits``, of the tiles of dS that
+    are summed into it. It makes them again one after another, in a fixed order.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
+    query_blocks, key_blocks = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
+    rest = tl.program_id(0)
+    own_n, rest, added_n = share(rest, key_blocks, SUM_N)
+    own_m, rest, added_m = share(rest, query_blocks, SUM_M)
+    own_head, rest, added_heads = share(rest, heads, SUM_HEADS)
+    own_sequence, split, added_sequences = share(rest, batch, SUM_BATCH)
+    scale = tl.full([], scale * LOG2E, dtype)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+    tiles = added_n * added_m * added_heads * added_sequences
+    each = tl.cdiv(tiles, splits)
+    for i in tl.range(split * each, tl.minimum((split + 1) * each, tiles)):
+        start_n = (own_n + i % added_n) * BLOCK_N
+        start_m = (own_m + i // added_n % added_m) * BLOCK_M
+        head = own_head + i // (added_n * added_m) % added_heads
+        sequence = own_sequence + i // (added_n * added_m * added_heads)
+        end_m = length_of(QueryLengths, sequence, seqlen_q)
+        end_n = length_of(KeyLengths, sequence, seqlen_k)
+        m = start_m + tl.arange(0, BLOCK_M)
+        statistics = statistics_offset(lse_stride, sequence, head, heads, None, 0) + m
+        lse = tl.load(Lse + statistics, mask=m < end_m, other=float("inf"))
+        delta = tl.load(Delta + statistics, mask=m < end_m, other=0.0)
+        dO = rows_of(dOut, do_strides, sequence, head, None, 0, TILE.UNIT)
+        do = load_tile(dO, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
+        q = rows_of(Q, q_strides, sequence, head, None, 0, TILE.UNIT)
+        q = load_tile(q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
+        k = rows_of(K, k_strides, sequence, head, None, 0, TILE.UNIT)
+        k = load_tile(k, start_n, k_strides[1], end_n, BLOCK_N, TILE, True)
+        v = rows_of(V, v_strides, sequence, head, None, 0, TILE.UNIT)
+        v = load_tile(v, start_n, v_strides[1], end_n, BLOCK_N, TILE, True)
+        offset = bias_offset(bias_strides, sequence, head, TILE)
+        key_offset = sequence.to(tl.int64) * key_stride
+        masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+        dropout = None
+        if Seed is not None:
+            dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
+        rows = q, do, lse, delta
+        ends = end_m, end_n
+        acc += score_gradients(
+            rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, True
+        )
+
+    acc *= tl.full([], keep_scale, dtype)
+    m = own_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = own_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    if SUM_M:
+        acc, m = tl.sum(acc, 0, keep_dims=True), tl.zeros([1, 1], tl.int32)
+    if SUM_N:
+        acc, n = tl.sum(acc, 1, keep_dims=True), tl.zeros([1, 1], tl.int32)
+    mask = (m < tl.maximum(seqlen_q, 1)) & (n < tl.maximum(seqlen_k, 1))
+    dMask += split.to(tl.int64) * dmask_strides[0] + own_sequence.to(tl.int64) * dmask_strides[1]
+    dMask += own_head.to(tl.int64) * dmask_strides[2]
+    offset = m.to(tl.int64) * dmask_strides[3] + n.to(tl.int64) * dmask_strides[4]
+    tl.store(dMask + offset, acc.to(dMask.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def share(number, size, SUMMED: tl.constexpr):
+    """Split ``number`` along a dimension: (first index, the rest, how many indices are summed)."""
+    if SUMMED:
+        return number * 0, number, size
+    else:
+        return number % size, number // size, 1

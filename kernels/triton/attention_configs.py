@@ -1,0 +1,245 @@
+"""The tiles of the attention kernels: by architecture, element size, head dimension and mask.
+
+Each entry is the one of several that needs the fewest instructions a score and spills no register
+under any mask of its kind, counted in machine code (`make kernel-report`). None has been timed yet.
+Nothing is tried out at run time: two runs on one machine take the same tiles.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+
+if TYPE_CHECKING:
+    from fastattn.kernels.attention import Launch
+
+
+SHORT = 64  # queries of a short forward pass: half a tile of the usual one
+
+
+class Config(NamedTuple):
+    """The tile of one program."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+class Choice(NamedTuple):
+    """Tiles for calls without a mask of pairs (causal or attn_mask), and with one.
+
+    A head dimension that is padded in registers counts as such a mask.
+    """
+
+    plain: Config
+    pairs: Config | None = None  # None: the same
+
+
+class WholePass(NamedTuple):
+    """Tiles of the backward pass in one kernel, up to a length; None: in two."""
+
+    length: int
+    plain: Config | None
+    pairs: Config | None
+
+
+def choose(kernel: str, launch: Launch) -> Config:
+    """The tile of ``kernel`` for a call."""
+    entry = _entry(launch)
+    if kernel == "forward" and launch.seqlen_q <= SHORT and "short forward" in entry:
+        kernel = "short forward"
+    plain, pairs = entry[kernel]
+    return pairs if _is_crowded(launch) and pairs is not None else plain
+
+
+def choose_whole_pass(launch: Launch) -> Config | None:
+    """The tile of a backward pass in one kernel, None where it does not fit into registers."""
+    longest = max(launch.seqlen_q, launch.seqlen_k)
+    for length, plain, pairs in _entry(launch).get("whole pass", ()):
+        if longest <= length:
+            return pairs if _is_crowded(launch) else plain
+    return None
+
+
+def _is_crowded(launch: Launch) -> bool:
+    """Whether masks of pairs, or of columns past the head dimension, take up registers."""
+    return launch.has_pair_mask or launch.head_dim != triton.next_power_of_2(launch.head_dim)
+
+
+def _entry(launch: Launch) -> dict:
+    bits = 32 if launch.dtype == torch.float32 else 16
+    by_head_dim = CONFIGS[_family(launch.device)][bits]
+    return next(entry for limit, entry in by_head_dim.items() if launch.head_dim <= limit)
+
+
+def _family(device: torch.device) -> int:
+    """The architecture whose table fits: 90 and 100 have tensor-core instructions of their own."""
+    major = capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; in Triton's interpreter, on a CPU, that of Hopper."""
+    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+#: By architecture, bits of an element, largest head dimension and kernel.
+CONFIGS: dict[int, dict[int, dict[int, dict]]] = {
+    80: {
+        16: {
+            64: {
+                "forward": Choice(Config(128, 64, 8, 2)),
+                "query gradient": Choice(Config(128, 32, 8, 2)),
+                "key gradient": Choice(Config(32, 128, 8, 2), Config(16, 128, 8, 2)),
+                "mask gradient": Choice(Config(128, 32, 8, 2)),
+                "short forward": Choice(Config(64, 64, 4, 2)),
+                "whole pass": (
+                    WholePass(64, Config(32, 64, 4, 1), Config(32, 64, 4, 1)),
+                    WholePass(128, Config(32, 128, 8, 1), Config(32, 128, 8, 1)),
+                ),
+            },
+            128: {
+                "forward": Choice(Config(128, 32, 8, 2)),
+                "query gradient": Choice(Config(64, 32, 4, 2), Config(128, 32, 8, 2)),
+                "key gradient": Choice(Config(16, 128, 8, 1)),
+                "mask gradient": Choice(Config(64, 32, 8, 1)),
+                "short forward": Choice(Config(64, 32, 4, 2)),
+            },
+            256: {
+                "forward": Choice(Config(64, 32, 8, 1)),
+                "query gradient": Choice(Config(64, 16, 8, 1)),
+                "key gradient": Choice(Config(32, 32, 8, 1)),
+                "mask gradient": Choice(Config(16, 32, 4, 1)),
+            },
+        },
+        32: {
+            64: {
+                "forward": Choice(Config(32, 32, 4, 1)),
+                "query gradient": Choice(Config(32, 16, 4, 1)),
+                "key gradient": Choice(Config(32, 16, 4, 1)),
+                "mask gradient": Choice(Config(16, 32, 4, 1)),
+            },
+            128: {
+                "forward": Choice(Config(16, 32, 4, 1)),
+                "query gradient": Choice(Config(16, 32, 4, 1)),
+                "key gradient": Choice(Config(16, 16, 8, 1)),
+                "mask gradient": Choice(Config(16, 16, 4, 1)),
+            },
+            256: {
+                "forward": Choice(Config(16, 16, 4, 1)),
+                "query gradient": Choice(Config(16, 16, 4, 1)),
+                "key gradient": Choice(Config(16, 16, 8, 1)),
+                "mask gradient": Choice(Config(16, 16, 4, 1)),
+            },
+        },
+    },
+    90: {
+        16: {
+            64: {
+                "forward": Choice(Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+                "query gradient": Choice(Config(128, 64, 8, 2)),
+                "key gradient": Choice(Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
+                "mask gradient": Choice(Config(128, 64, 8, 2)),
+                "short forward": Choice(Config(64, 64, 4, 2)),
+                "whole pass": (
+                    WholePass(64, Config(32, 64, 4, 1), Config(32, 64, 4, 1)),
+                    WholePass(128, Config(32, 128, 8, 1), Config(32, 128, 8, 1)),
+                    WholePass(256, Config(16, 256, 8, 1), None),
+                ),
+            },
+            128: {
+                "forward": Choice(Config(128, 64, 8, 2)),
+                "query gradient": Choice(Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+                "key gradient": Choice(Config(32, 128, 8, 2), Config(16, 128, 8, 2)),
+                "mask gradient": Choice(Config(64, 64, 8, 1)),
+                "short forward": Choice(Config(64, 32, 4, 2)),
+                "whole pass": (WholePass(128, Config(16, 128, 8, 1), None),),
+            },
+            256: {
+                "forward": Choice(Config(128, 32, 8, 2)),
+                "query gradient": Choice(Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+                "key gradient": Choice(Config(32, 32, 8, 1)),
+                "mask gradient": Choice(Config(64, 32, 8, 1)),
+            },
+        },
+        32: {
+            64: {
+                "forward": Choice(Config(128, 32, 8, 2)),
+                "query gradient": Choice(Config(64, 32, 4, 1), Config(32, 16, 4, 1)),
+                "key gradient": Choice(Config(16, 64, 4, 1), Config(32, 16, 4, 1)),
+                "mask gradient": Choice(Config(16, 32, 4, 1)),
+            },
+            128: {
+                "forward": Choice(Config(16, 32, 4, 1)),
+                "query gradient": Choice(Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
+                "key gradient": Choice(Config(16, 16, 8, 1)),
+                "mask gradient": Choice(Config(16, 16, 4, 1)),
+            },
+            256: {
+                "forward": Choice(Config(16, 16, 4, 1)),
+                "query gradient": Choice(Config(16, 16, 4, 1)),
+                "key gradient": Choice(Config(16, 16, 8, 1)),
+                "mask gradient": Choice(Config(16, 16, 4, 1)),
+            },
+        },
+    },
+    100: {
+        16: {
+            64: {
+                "forward": Choice(Config(128, 64, 8, 2), Config(128, 64, 8, 1)),
+                "query gradient": Choice(Config(128, 64, 8, 1)),
+                "key gradient": Choice(Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
+                "mask gradient": Choice(Config(64, 64, 4, 2)),
+                "short forward": Choice(Config(64, 32, 4, 2)),
+                "whole pass": (
+                    WholePass(64, Config(16, 64, 4, 1), Config(32, 64, 4, 1)),
+                    WholePass(128, Config(32, 128, 8, 1), Config(32, 128, 8, 1)),
+                    WholePass(256, Config(16, 256, 8, 1), Config(16, 256, 8, 1)),
+                ),
+            },
+            128: {
+                "forward": Choice(Config(128, 32, 8, 2)),
+                "query gradient": Choice(Config(128, 32, 8, 2), Config(64, 32, 4, 1)),
+                "key gradient": Choice(Config(32, 128, 8, 2)),
+                "mask gradient": Choice(Config(64, 64, 8, 1)),
+                "short forward": Choice(Config(64, 32, 4, 2)),
+                "whole pass": (WholePass(128, Config(32, 128, 8, 1), Config(32, 128, 8, 1)),),
+            },
+            256: {
+                "forward": Choice(Config(64, 32, 8, 1)),
+                "query gradient": Choice(Config(64, 32, 8, 1), Config(64, 16, 8, 1)),
+                "key gradient": Choice(Config(32, 64, 8, 1), Config(16, 64, 8, 1)),
+                "mask gradient": Choice(Config(64, 16, 8, 1)),
+            },
+        },
+        32: {
+            64: {
+                "forward": Choice(Config(32, 32, 4, 1)),
+                "query gradient": Choice(Config(32, 16, 4, 1)),
+                "key gradient": Choice(Config(32, 64, 8, 1), Config(32, 16, 4, 1)),
+                "mask gradient": Choice(Config(16, 32, 4, 1), Config(64, 32, 8, 1)),
+            },
+            128: {
+                "forward": Choice(Config(16, 32, 4, 1)),
+                "query gradient": Choice(Config(16, 16, 4, 1)),
+                "key gradient": Choice(Config(16, 16, 8, 1)),
+                "mask gradient": Choice(Config(16, 16, 4, 1)),
+            },
+            256: {
+                "forward": Choice(Config(16, 16, 4, 1)),
+                "query gradient": Choice(Config(16, 16, 4, 1)),
+                "key gradient": Choice(Config(16, 16, 8, 1)),
+                "mask gradient": Choice(Config(16, 16, 4, 1)),
+            },
+        },
+    },
+}

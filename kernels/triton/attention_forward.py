@@ -1,0 +1,181 @@
+"""Attention, forward: softmax over blocks of keys, with masks and dropout in registers.
+
+The algorithm is that of Dao et al., "FlashAttention", 2022 (arXiv:2205.14135); docs/math.md derives
+it with masks and dropout.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.attention_tiles import (
+    ALL,
+    FLAGS,
+    LOG2E,
+    bias_offset,
+    drop,
+    dropout_of,
+    exp2_of_nonpositive,
+    length_of,
+    load_tile,
+    masked,
+    padded,
+    product,
+    program_of,
+    rows_of,
+    runs_of,
+    sequence_of,
+    start_of,
+    statistics_offset,
+    store_tile,
+    sum_dtype,
+)
+
+#: Integers of which no value deserves a kernel of its own; Triton specialises tuples all the same.
+RUNTIME = [
+    *("do_strides", "q_strides", "k_strides", "v_strides", "out_strides"),
+    *("dq_strides", "dk_strides", "dv_strides", "dmask_strides"),
+    *("lse_stride", "key_stride", "bias_strides"),
+    *("batch", "heads", "query_blocks", "key_blocks", "seqlen_q", "seqlen_k", "splits"),
+    *("bias_columns", "site", "head_offset", "threshold"),
+]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_kernel(
+    Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
+    K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
+    V,  # like K
+    Out,  # like Q
+    Lse,  # [B, heads, seqlen_q], or [heads, tokens]; fp32, logarithm to base 2
+    KeyMask,  # [B, seqlen_k]: uint8, not 0 where a key is ignored, or float to add; or None
+    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1]: the same for pairs; or None
+    KeyLengths,  # [B] int32, or None
+    QueryLengths,  # [B] int32, or None
+    CuSeqlensQ,  # [B + 1] int32, or None
+    CuSeqlensK,  # [B + 1] int32, or None
+    Seed,  # [1] int64, or None: nothing drops
+    q_strides,  # of batch, row and head, in UNITs; like those of K, V and Out
+    k_strides,
+    v_strides,
+    out_strides,
+    lse_stride,  # of Lse's second to last dimension
+    key_stride,  # of KeyMask's batch
+    bias_strides,  # of batch, head and row, in BIAS_UNITs, 0 where it broadcasts
+    bias_columns,  # in BIAS_UNITs
+    heads,
+    query_blocks,
+    seqlen_q,
+    seqlen_k,
+    scale: tl.float64,
+    site,
+    head_offset,
+    threshold,
+    keep_scale: tl.float64,
+    TILE: tl.constexpr,
+):
+    """out = Z v, with Z = dropout(softmax(q k^T scale + masks)).
+
+    A program owns BLOCK_M queries of one head and walks over the keys that count for them. Scores,
+    probabilities and decisions stay in registers. For backward it writes lse, the logarithm of the
+    softmax's denominator to base 2, infinite where a query has no key.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
+    block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
+    first_q, seqlen_q = sequence_of(CuSeqlensQ, sequence, seqlen_q)
+    first_k, seqlen_k = sequence_of(CuSeqlensK, sequence, seqlen_k)
+    start_m = block * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+    end_m = length_of(QueryLengths, sequence, seqlen_q)
+    end_n = length_of(KeyLengths, sequence, seqlen_k)
+    if TILE.IS_CAUSAL:
+        end_n = tl.minimum(end_n, start_m + BLOCK_M)
+    end_n = tl.where(start_m < end_m, end_n, 0)
+
+    Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    Lse += statistics_offset(lse_stride, sequence, head, heads, CuSeqlensQ, first_q)
+    keys = K, V, k_strides[1], v_strides[1]
+    offset = bias_offset(bias_strides, sequence, head, TILE)
+    key_offset = sequence.to(tl.int64) * key_stride
+    masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+    dropout = None
+    if Seed is not None:
+        dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
+    scale = tl.full([], scale * LOG2E, dtype)
+
+    q = load_tile(Q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
+    acc = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
+    row_sum = tl.zeros([BLOCK_M], dtype)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype)
+    ends = end_m, end_n
+    n_blocks = tl.cdiv(end_n, BLOCK_N)
+    for first_block in tl.range(0, n_blocks, ALL if KeyMask is None else FLAGS):
+        whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
+        if Bias is None:
+            acc, row_sum, row_max = attend(
+                acc, row_sum, row_max, q, keys, whole, masks, dropout, scale, start_m, ends,
+                TILE, False,
+            )  # fmt: skip
+        acc, row_sum, row_max = attend(
+            acc, row_sum, row_max, q, keys, rest, masks, dropout, scale, start_m, ends,
+            TILE, True,
+        )  # fmt: skip
+
+    m = start_m + tl.arange(0, BLOCK_M)
+    alive = (row_sum != 0) & (m < end_m)
+    row_sum = tl.where(alive, row_sum, 1.0)
+    out = tl.where(alive[:, None], acc * (tl.full([], keep_scale, dtype) / row_sum)[:, None], 0.0)
+    lse = tl.where(alive, row_max + tl.log2(row_sum), float("inf"))
+    store_tile(Out, out, start_m, out_strides[1], seqlen_q, BLOCK_M, TILE)
+    tl.store(Lse + m, lse, mask=m < seqlen_q)
+
+
+@triton.jit
+def attend(
+    acc,  # [BLOCK_M, padded HEAD_DIM]: sum of kept exp2(score - row_max) times values
+    row_sum,  # [BLOCK_M]: sum of exp2(score - row_max), before dropout
+    row_max,  # [BLOCK_M]
+    q,  # [BLOCK_M, padded HEAD_DIM]
+    keys,  # K, V and their strides
+    run,
+    masks,
+    dropout,
+    scale,
+    start_m,
+    ends,  # of the queries and of the keys that count
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take a run of blocks of keys into the softmax and the output."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    K, V, k_stride, v_stride = keys
+    _, flags, count = run
+    for i in tl.range(count):
+        start_n = start_of(run, i, flags, masks, BLOCK_N)
+        flags &= flags - 1
+        k = load_tile(K, start_n, k_stride, ends[1], BLOCK_N, TILE, MASKED)
+        scores = product(q, tl.trans(k), TILE)
+        if MASKED:
+            scores = masked(scores * scale, masks, start_m, start_n, ends, TILE)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+            scores = scores * scale
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probs = exp2_of_nonpositive(scores - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(probs, 1)
+        row_max = new_max
+        acc *= rescale[:, None]
+        v = load_tile(V, start_n, v_stride, ends[1], BLOCK_N, TILE, MASKED)
+        if dropout is not None:
+            probs = drop(probs, dropout, start_m, start_n, v.dtype, TILE)
+        acc = product(probs.to(v.dtype), v, TILE, acc)
+    return acc, row_sum, row_max

@@ -1,0 +1,413 @@
+"""Device functions of the attention kernels: where rows lie, which keys count, what drops.
+
+Positions m of queries and n of keys count from the start of a sequence, whether the batch is padded
+or packed. Scores are in units of log 2, so that their exponential is ``exp2``. What several
+functions take travels in tuples:
+
+    TILE     a Tile: what is known when a kernel is compiled
+    masks    (KeyMask, offset; Bias, offset, row stride, columns), for one sequence and head; the
+             last two in BIAS_UNITs
+    dropout  (seed, counter words 2 and 3, threshold) of one sequence and head, or None
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.dropout import HEADS, INTERPRETED, LANE, philox
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite number of fp32
+FLAGS = tl.constexpr(32)  # blocks of keys that one word of flags describes
+ALL = tl.constexpr(1 << 30)  # blocks of a run without flags
+
+
+class Tile(NamedTuple):
+    """The shape of a program's work."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys
+    HEAD_DIM: int
+    IS_CAUSAL: bool
+    PRECISION: str  # of products in fp32
+    OWNS_ROW: bool  # a thread holds a row of a tile of scores (tensor memory), not rows m and m + 8
+    WIDE: bool  # offsets inside a tile need 64 bits
+    UNIT: int  # strides of rows count so many elements, which shows their alignment
+    BIAS_UNIT: int  # and those of the mask of pairs so many
+    BIAS_STRIDE: int  # between the columns of that mask: 1, or 0 where it broadcasts
+
+
+@triton.constexpr_function
+def padded(head_dim: int) -> int:
+    """The columns of a tile: tensor cores want a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@triton.constexpr_function
+def sum_dtype(dtype: tl.dtype) -> tl.dtype:
+    """Of sums and statistics."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.jit
+def product(a, b, TILE: tl.constexpr, acc=None):
+    """``a`` times ``b``, added to ``acc``, in fp32 or wider."""
+    dtype: tl.constexpr = sum_dtype(a.dtype)
+    return tl.dot(a, b, acc, input_precision=TILE.PRECISION, out_dtype=dtype)
+
+
+@triton.jit
+def exp2_of_nonpositive(x):
+    """2^x of what is at most 0 but for rounding, which is without bound where scores are huge."""
+    return tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+# ------------------------------------------------------------------------------- where rows lie
+
+
+@triton.jit
+def program_of(n_blocks, heads, REVERSED: tl.constexpr):
+    """(block, head, sequence) of this program: blocks fastest, so that a head stays in L2.
+
+    REVERSED: last block first, where it has the most work.
+    """
+    program = tl.program_id(0)
+    block = program % n_blocks
+    if REVERSED:
+        block = n_blocks - 1 - block
+    return block, program // n_blocks % heads, program // n_blocks // heads
+
+
+@triton.jit
+def sequence_of(CuSeqlens, sequence, seqlen):
+    """(first row, length) of a sequence: row 0 and ``seqlen`` in a padded batch."""
+    if CuSeqlens is not None:
+        first = tl.load(CuSeqlens + sequence)
+        return first, tl.load(CuSeqlens + sequence + 1) - first
+    else:
+        return 0, seqlen
+
+
+@triton.jit
+def length_of(Lengths, sequence, seqlen):
+    """How many of a sequence's rows count."""
+    if Lengths is not None:
+        return tl.minimum(tl.load(Lengths + sequence), seqlen)
+    else:
+        return seqlen
+
+
+@triton.jit
+def rows_of(X, strides, sequence, head, CuSeqlens, first_row, UNIT: tl.constexpr):
+    """Pointer to position 0 of a sequence and head of (B, S, H, D), or of packed (T, H, D).
+
+    strides: of batch, row and head, in UNITs of elements, which shows their alignment.
+    """
+    if CuSeqlens is not None:
+        offset = first_row.to(tl.int64) * strides[1]
+    else:
+        offset = sequence.to(tl.int64) * strides[0]
+    return X + (offset + head.to(tl.int64) * strides[2]) * UNIT
+
+
+@triton.jit
+def load_tile(
+    X, start, stride, end, BLOCK: tl.constexpr, TILE: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """BLOCK rows of X from ``start`` on, [BLOCK, padded HEAD_DIM].
+
+    Zero past HEAD_DIM and, if BOUNDED, from row ``end`` on.
+    """
+    row, column, offset = tile_offsets(start, stride, BLOCK, TILE)
+    if BOUNDED:
+        return tl.load(X + offset, mask=(row < end) & (column < TILE.HEAD_DIM), other=0.0)
+    elif padded(TILE.HEAD_DIM) != TILE.HEAD_DIM:
+        return tl.load(X + offset, mask=column < TILE.HEAD_DIM, other=0.0)
+    else:
+        return tl.load(X + offset)
+
+
+@triton.jit
+def store_tile(X, tile, start, stride, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Write the rows of ``tile`` that come before row ``end``."""
+    row, column, offset = tile_offsets(start, stride, BLOCK, TILE)
+    mask = (row < end) & (column < TILE.HEAD_DIM)
+    tl.store(X + offset, tile.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_offsets(start, stride, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """(row [BLOCK, 1], column [1, padded HEAD_DIM], offset) of a tile."""
+    row = tl.arange(0, BLOCK)[:, None]
+    if TILE.WIDE:
+        row = row.to(tl.int64)
+    column = tl.arange(0, padded(TILE.HEAD_DIM))[None, :]
+    offset = start.to(tl.int64) * stride * TILE.UNIT + (row * (stride * TILE.UNIT) + column)
+    return start + row, column, offset
+
+
+@triton.jit
+def statistics_offset(stride, sequence, head, heads, CuSeqlens, first_row):
+    """Where position 0 of a sequence and head lies in (B, H, S), or in packed (H, T)."""
+    if CuSeqlens is not None:
+        return head.to(tl.int64) * stride + first_row
+    else:
+        return (sequence.to(tl.int64) * heads + head) * stride
+
+
+# ------------------------------------------------------------------------------ which keys count
+
+
+@triton.jit
+def runs_of(masks, first_block, n_blocks, start_m, end, TILE: tl.constexpr):
+    """Two runs of blocks of keys, of those from ``first_block`` on: (first block, flags, count).
+
+    The blocks of the first run count whole, for every query from ``start_m`` on and with nothing
+    added. Of those of the second some key may not. With a key mask a run is of FLAGS blocks, and a
+    block without a key that counts is in neither; without one flags mean nothing.
+    """
+    whole = end // TILE.BLOCK_N - first_block
+    if TILE.IS_CAUSAL:
+        whole = tl.minimum(whole, (start_m + 1) // TILE.BLOCK_N - first_block)
+    if masks[2] is not None:
+        whole *= 0
+    if masks[0] is not None:
+        some, every = block_flags(masks[0] + masks[1], first_block, end, TILE.BLOCK_N)
+        whole = tl.minimum(tl.maximum(whole, 0), FLAGS).to(tl.uint64)
+        every &= ((tl.full([], 1, tl.uint64) << whole) - 1).to(tl.uint32)
+        rest = some ^ (some & every)
+        return (first_block, every, bit_count(every)), (first_block, rest, bit_count(rest))
+    else:
+        none = tl.full([], 0, tl.uint32)
+        return (first_block, none, whole), (first_block + whole, none, n_blocks - whole)
+
+
+@triton.jit
+def start_of(run, i, flags, masks, BLOCK_N: tl.constexpr):
+    """The first key of block number i of a run, whose first i flags are gone."""
+    if masks[0] is not None:
+        i = lowest(flags)
+    return (run[0] + i) * BLOCK_N
+
+
+@triton.jit
+def block_flags(KeyMask, first_block, end, BLOCK_N: tl.constexpr):
+    """Two words, a bit for each of FLAGS blocks: some key counts; all do, with nothing added."""
+    block = tl.arange(0, FLAGS)
+    n = ((first_block + block) * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    mask = load_mask(KeyMask + n, n < end)
+    some = tl.max(((n < end) & is_open(mask)).to(tl.int32), 1)
+    every = tl.min(((n < end) & (mask == 0)).to(tl.int32), 1)
+    bit = tl.full([FLAGS], 1, tl.uint32) << block.to(tl.uint32)
+    return tl.sum(tl.where(some != 0, bit, 0)), tl.sum(tl.where(every != 0, bit, 0))
+
+
+@triton.jit
+def bit_count(word):
+    """How many bits of a uint32 are set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def lowest(flags):
+    """The number of the lowest bit set: the exponent of that bit as a float."""
+    bit = flags ^ (flags & (flags - 1))
+    return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def load_mask(pointers, exists):
+    """A tile of a mask: uint8, not 0 where a key may not be attended to, or fp32 (fp64) to add."""
+    mask = tl.load(pointers, mask=exists, other=0)
+    if mask.dtype == tl.uint8:
+        return mask
+    else:
+        return mask.to(sum_dtype(mask.dtype))
+
+
+@triton.jit
+def in_log2(mask):
+    """What a float mask adds to scores in units of log 2; finite where the mask is."""
+    scaled = mask * LOG2E
+    return tl.where(
+        mask == float("-inf"), scaled, tl.maximum(scaled, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    )
+
+
+@triton.jit
+def is_open(mask):
+    """Whether a key may be attended to at all."""
+    if mask.dtype == tl.uint8:
+        return mask == 0
+    else:
+        return mask != float("-inf")
+
+
+@triton.jit
+def apply_mask(scores, mask):
+    """Scores under a tile of a mask that broadcasts."""
+    if mask.dtype == tl.uint8:
+        return tl.where(mask == 0, scores, float("-inf"))
+    else:
+        return scores + in_log2(mask.to(scores.dtype))
+
+
+@triton.jit
+def bias_offset(bias_strides, sequence, head, TILE: tl.constexpr):
+    """Where the matrix of a sequence and head lies in a (B|1, H|1, Sq|1, Sk|1) mask."""
+    offset = sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+    return offset * TILE.BIAS_UNIT
+
+
+@triton.jit
+def masked(scores, masks, start_m, start_n, ends, TILE: tl.constexpr):
+    """A tile of scores under every mask, -inf where a key does not count."""
+    KeyMask = masks[0]
+    scores = masked_pairs(scores, masks, start_m, start_n, ends, TILE, False)
+    n = start_n + tl.arange(0, TILE.BLOCK_N)[None, :]
+    if KeyMask is not None:
+        scores = apply_mask(scores, load_mask(KeyMask + masks[1] + n, n < ends[1]))
+    return tl.where(n < ends[1], scores, float("-inf"))
+
+
+@triton.jit
+def masked_pairs(
+    scores, masks, start_m, start_n, ends, TILE: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """A tile of scores, [BLOCK_M, BLOCK_N] or TRANSPOSED, under the masks of pairs alone."""
+    _, _, Bias, offset, row_stride, columns = masks
+    m, n = tl.arange(0, TILE.BLOCK_M), tl.arange(0, TILE.BLOCK_N)
+    if TRANSPOSED:
+        m, n = m[None, :], n[:, None]
+    else:
+        m, n = m[:, None], n[None, :]
+    if TILE.WIDE:
+        m = m.to(tl.int64)
+    if Bias is not None:
+        UNIT: tl.constexpr = TILE.BIAS_UNIT
+        offset += start_m.to(tl.int64) * row_stride * UNIT + start_n * TILE.BIAS_STRIDE
+        exists = (start_m + m < ends[0]) & (start_n + n < columns * UNIT)
+        pointers = Bias + offset + (m * (row_stride * UNIT) + n * TILE.BIAS_STRIDE)
+        scores = apply_mask(scores, load_mask(pointers, exists))
+    if TILE.IS_CAUSAL:
+        scores = tl.where(start_n + n <= start_m + m, scores, float("-inf"))
+    return scores
+
+
+# ------------------------------------------------------------------------------------ what drops
+
+
+@triton.jit
+def dropout_of(Seed, site, head, sequence, threshold):
+    """What decides the dropout of one sequence and head."""
+    site_and_head = site.to(tl.uint32) * HEADS + head.to(tl.uint32)
+    return tl.load(Seed), sequence.to(tl.uint32), site_and_head, threshold.to(tl.uint32)
+
+
+@triton.jit
+def drop_words(dropout, start_m, start_n, TILE: tl.constexpr):
+    """The random word of every score of a tile, [BLOCK_M, BLOCK_N].
+
+    A call decides rows m, m + 8 and columns n, n + 1, n + 8, n + 9. In an accumulator of tensor
+    cores one thread holds all eight, so that no word travels. In tensor memory a thread owns a row
+    (OWNS_ROW): there it makes the calls of its row alone, and uses half of their words.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    seed, sequence, site_and_head, _ = dropout
+    column = (start_n // 4 + tl.arange(0, BLOCK_N // 4))[None, :].to(tl.uint32)
+    if TILE.OWNS_ROW:
+        m = start_m + tl.arange(0, BLOCK_M)[:, None]
+        row = (m // 16 * 8 + m % 8).to(tl.uint32)
+        a, b, c, d = philox(seed, row, column, sequence, site_and_head)
+        upper = m // 8 % 2 == 0
+        return spread_columns(tl.where(upper, a, c), tl.where(upper, b, d), BLOCK_M, BLOCK_N)
+    else:
+        row = (start_m // 2 + tl.arange(0, BLOCK_M // 2))[:, None].to(tl.uint32)
+        a, b, c, d = philox(seed, row, column, sequence, site_and_head)
+        upper = spread_columns(a, b, BLOCK_M // 2, BLOCK_N)
+        lower = spread_columns(c, d, BLOCK_M // 2, BLOCK_N)
+        return interleave_rows(upper, lower, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def spread_columns(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] from the words of columns n, n + 1 and of n + 8, n + 9."""
+    words = tl.join(tl.join(left, right), tl.join(left, right))
+    words = words.reshape(ROWS, COLUMNS // 16, 4, 2, 2).permute(0, 1, 3, 2, 4)
+    return words.reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def interleave_rows(upper, lower, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] from the rows m and m + 8 of every sixteen."""
+    words = tl.join(upper, lower).reshape(ROWS // 16, 8, COLUMNS, 2)
+    return words.permute(0, 3, 1, 2).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def kept(dropout, start_m, start_n, TILE: tl.constexpr):
+    """Which scores of a tile are kept: column n is decided by half n % 2 of its word."""
+    words = drop_words(dropout, start_m, start_n, TILE)
+    return is_kept(words, tl.arange(0, TILE.BLOCK_N)[None, :], dropout[3])
+
+
+@triton.jit
+def is_kept(words, n, threshold):
+    half = 16 * (n % 2).to(tl.uint32)
+    return (words & (LANE << half)) >= (threshold << half)
+
+
+@triton.jit
+def drop(probs, dropout, start_m, start_n, dtype: tl.constexpr, TILE: tl.constexpr):
+    """Probabilities in ``dtype``, zero where they are dropped.
+
+    A lane of 14 bits is a positive half-precision number, and such are ordered as their bits are.
+    So one instruction compares the two lanes of a word, and one clears a pair of results.
+    """
+    if INTERPRETED or dtype.primitive_bitwidth != 16:
+        return tl.where(kept(dropout, start_m, start_n, TILE), probs, 0.0).to(dtype)
+    else:
+        words = drop_words(dropout, start_m, start_n, TILE)
+        probs = probs.to(dtype)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lanes;
+            and.b32 lanes, $2, 0x3fff3fff;
+            set.ge.u32.f16x2 lanes, lanes, $4;
+            and.b32 $0, $1, lanes;
+            }""",
+            "=r,r,r,r,r,r",
+            [probs, words, dropout[3] * 0x10001],
+            dtype=probs.dtype,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def kept_transposed(dropout, start_m, start_n, TILE: tl.constexpr):
+    """The same decisions for a transposed tile, [BLOCK_N, BLOCK_M].
+
+    A thread holds rows n, n + 8 and columns m, m + 8 of a call there: four of its eight lanes.
+    """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    seed, sequence, site_and_head, threshold = dropout
+    n = tl.arange(0, BLOCK_N // 2)[:, None]
+    n = n // 8 * 16 + n % 8  # those with n // 8 even
+    column = (start_n // 4 + n // 16 * 4 + n % 8 // 2).to(tl.uint32)
+    row = (start_m // 2 + tl.arange(0, BLOCK_M // 2))[None, :].to(tl.uint32)
+    a, b, c, d = philox(seed, row, column, sequence, site_and_head)
+    upper = tl.join(a, c).reshape(BLOCK_N // 2, BLOCK_M // 16, 8, 2).permute(0, 1, 3, 2)
+    lower = tl.join(b, d).reshape(BLOCK_N // 2, BLOCK_M // 16, 8, 2).permute(0, 1, 3, 2)
+    upper = upper.reshape(BLOCK_N // 2, BLOCK_M)
+    lower = lower.reshape(BLOCK_N // 2, BLOCK_M)
+    words = interleave_rows(upper, lower, BLOCK_N, BLOCK_M)
+    return is_kept(words, tl.arange(0, BLOCK_N)[:, None], threshold)
