@@ -62,9 +62,11 @@ def attention(
             Both masks may be given, and gradients flow to float ones.
         key_lengths: (B,) int32; keys from this position on are ignored.
         query_lengths: (B,) int32; queries from this position on give zeros.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 cumulative lengths, starting at 0, of sequences
-            packed without padding; both or neither, and no other mask with them but ``is_causal``.
-        max_seqlen_q, max_seqlen_k: the longest packed lengths, in tokens.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 cumulative lengths, from 0 to Tq and to Tk, of
+            sequences packed without padding; both or neither, and no other mask with them but
+            ``is_causal``. Their values are not checked, which would wait for the device: tokens
+            past the last one, or past ``max_seqlen``, get no defined result.
+        max_seqlen_q, max_seqlen_k: the longest packed lengths, in tokens, or more.
         is_causal: query m attends to keys n <= m only, on top of the masks.
         scale: of the scores; 1 / sqrt(D) by default.
         dropout_p: probability of dropping an attention probability, resolved to 1/16384.
