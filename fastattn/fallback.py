@@ -103,13 +103,13 @@ def attention_forward(
     value: Tensor,
     arguments: AttentionArguments,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
 ) -> None:
-    """Write the output to ``out``, of ``query``'s shape; no statistics are kept (empty ``lse``)."""
+    """Write the output to ``out``, of ``query``'s shape; ``statistics`` stays empty."""
     if arguments.cu_seqlens_q is not None:
         padded, dense = _padded_arguments(query, key, value, arguments)
         padded_out = torch.empty_like(padded[0])
-        attention_forward(*padded, dense, padded_out, lse)
+        attention_forward(*padded, dense, padded_out, statistics)
         out.copy_(pack(padded_out, arguments.cu_seqlens_q, query.shape[0]))
         return
     q, k, v = (_heads_first(x) for x in (query, key, value))
@@ -126,14 +126,14 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     arguments: AttentionArguments,
     grad_masks: tuple[bool, bool],
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of query, key and value; return those of the two masks, where wanted.
 
-    P is recomputed, and neither ``out`` nor ``lse`` is used. With M the dropout multiplier:
+    P is recomputed, and neither ``out`` nor ``statistics`` is used. With M the dropout multiplier:
     dV = (P M)^T dO, dP = M (dO V^T), dS = P (dP - rowsum(dP P)), dQ = scale dS K,
     dK = scale dS^T Q.
     """
@@ -142,7 +142,7 @@ def attention_backward(
         padded, dense = _padded_arguments(query, key, value, arguments)
         padded_out, padded_grad = (unpack(x, cu_q, arguments.max_seqlen_q) for x in (out, grad_out))
         grads = tuple(torch.empty_like(x) for x in padded)
-        attention_backward(padded_grad, *padded, padded_out, lse, dense, grad_masks, grads)
+        attention_backward(padded_grad, *padded, padded_out, statistics, dense, grad_masks, grads)
         for target, grad, cu_seqlens in zip(gradients, grads, (cu_q, cu_k, cu_k), strict=True):
             target.copy_(pack(grad, cu_seqlens, target.shape[0]))
         return None, None

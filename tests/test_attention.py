@@ -549,7 +549,7 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     query = sequence_first(torch.randn(2, 5, 2, 8))
     key, value = heads_first(torch.randn(2, 7, 2, 8)), torch.randn(2, 7, 2, 8)
     qkv = sequence_first(torch.randn(2, 5, 3, 2, 8))
-    grad, out, lse = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8), torch.empty(0)
+    grad, out, statistics = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8), torch.empty(0)
     causal = AttentionArguments(is_causal=True, scale=0.5, dropout_p=0.1, seed=seed_tensor())
     masks = causal._replace(
         key_padding_mask=torch.randn(2, 7), attn_mask=torch.randn(1, 2, 5, 7), is_causal=False
@@ -561,13 +561,13 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "attention_fwd": [(query, key, value, *masks), (*qkv[0].unbind(1), *packed)],
         "attention_bwd": [
-            (grad, query, key, value, out, lse, True, True, *masks),
-            (grad[0], *qkv[0].unbind(1), out[0], lse, False, False, *packed),
+            (grad, query, key, value, out, statistics, True, True, *masks),
+            (grad[0], *qkv[0].unbind(1), out[0], statistics, False, False, *packed),
         ],
         "attention_packed_fwd": [(qkv, *causal), (qkv[0], *packed)],
         "attention_packed_bwd": [
-            (grad, qkv, out, lse, False, False, *causal),
-            (grad[0], qkv[0], out[0], lse, False, False, *packed),
+            (grad, qkv, out, statistics, False, False, *causal),
+            (grad[0], qkv[0], out[0], statistics, False, False, *packed),
         ],
     }
 

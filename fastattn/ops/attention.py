@@ -312,13 +312,21 @@ for _op in ("attention", "attention_packed"):
 
 
 def _results(query: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Empty output and log-sum-exp: of each query and head, (B, H, Sq) or (H, Tq), from kernels."""
+    """Empty output, and what kernels keep of each softmax, (1|2, B, H, Sq) or (1|2, H, Tq).
+
+    That is one number; or two where scores are exact enough to need them, or may be huge: in fp32,
+    and under a float mask.
+    """
+    arguments = AttentionArguments(*options)
     shape: tuple[int, ...] = (0,)
-    if AttentionArguments(*options).backend != "pytorch":
+    if arguments.backend != "pytorch":
         *batch, length, heads, _ = query.shape
-        shape = (*batch, heads, length)
-    lse = query.new_empty(shape, dtype=fallback.accumulation_dtype(query.dtype))
-    return fallback.like_query(query), lse
+        masks = arguments.key_padding_mask, arguments.attn_mask
+        is_added = any(mask is not None and mask.is_floating_point() for mask in masks)
+        numbers = 2 if is_added or query.element_size() > 2 else 1
+        shape = (numbers, *batch, heads, length)
+    statistics = query.new_empty(shape, dtype=fallback.accumulation_dtype(query.dtype))
+    return fallback.like_query(query), statistics
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -339,7 +347,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     grad_key_padding_mask: bool,
     grad_attn_mask: bool,
     *options: Any,
@@ -352,7 +360,7 @@ def _backward(
         key,
         value,
         out,
-        lse,
+        statistics,
         arguments,
         (grad_key_padding_mask, grad_attn_mask),
         gradients,
@@ -370,7 +378,7 @@ def _mask_gradients_fake(
     )
 
 
-def _backward_fake(grad_out, query, key, value, out, lse, grad_padding, grad_mask, *options):
+def _backward_fake(grad_out, query, key, value, out, statistics, grad_padding, grad_mask, *options):
     masks = _mask_gradients_fake(query, grad_padding, grad_mask, AttentionArguments(*options))
     return *(fallback.like_query(x) for x in (query, key, value)), *masks
 
@@ -387,7 +395,7 @@ def _packed_backward(
     grad_out: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     grad_key_padding_mask: bool,
     grad_attn_mask: bool,
     *options: Any,
@@ -398,7 +406,7 @@ def _packed_backward(
         grad_out,
         *qkv.unbind(-3),
         out,
-        lse,
+        statistics,
         arguments,
         (grad_key_padding_mask, grad_attn_mask),
         d_qkv.unbind(-3),
@@ -406,12 +414,12 @@ def _packed_backward(
     return d_qkv, *(qkv.new_empty(0) if g is None else g for g in of_masks)
 
 
-def _packed_backward_fake(grad_out, qkv, out, lse, grad_padding, grad_mask, *options):
+def _packed_backward_fake(grad_out, qkv, out, statistics, grad_padding, grad_mask, *options):
     masks = _mask_gradients_fake(qkv, grad_padding, grad_mask, AttentionArguments(*options))
     return fallback.like_query(qkv), *masks
 
 
-_RESULT = "(Tensor out, Tensor lse)"
+_RESULT = "(Tensor out, Tensor statistics)"
 _MASK_GRADIENTS = "bool grad_key_padding_mask, bool grad_attn_mask"
 _forward_op = define(
     f"attention_fwd(Tensor query, Tensor key, Tensor value, {ATTENTION_ARGUMENTS}) -> {_RESULT}",
@@ -420,7 +428,7 @@ _forward_op = define(
 )
 _backward_op = define(
     "attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, {_MASK_GRADIENTS}, {ATTENTION_ARGUMENTS}) "
+    f"Tensor statistics, {_MASK_GRADIENTS}, {ATTENTION_ARGUMENTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -431,7 +439,7 @@ _packed_forward_op = define(
     _packed_forward_fake,
 )
 _packed_backward_op = define(
-    "attention_packed_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, "
+    "attention_packed_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor statistics, "
     f"{_MASK_GRADIENTS}, {ATTENTION_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _packed_backward,
     _packed_backward_fake,
@@ -455,34 +463,34 @@ def _second_order(inputs: tuple[Tensor | None, ...], packed: bool, options: list
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-        out, lse = _forward_op(query, key, value, *options)
-        remember(ctx, (query, key, value, out, lse), options)
+        out, statistics = _forward_op(query, key, value, *options)
+        remember(ctx, (query, key, value, out, statistics), options)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (*inputs, out, lse), options = recall(ctx)
+        (*inputs, out, statistics), options = recall(ctx)
         wanted = ctx.needs_input_grad[:5]
         if wants_second_order():
             gradients = _second_order((*inputs, *options[:2]), False, options, grad_out)
         else:
-            gradients = _backward_op(grad_out, *inputs, out, lse, *wanted[3:], *options)
+            gradients = _backward_op(grad_out, *inputs, out, statistics, *wanted[3:], *options)
         return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)
 
 
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, *options: Any) -> Tensor:
-        out, lse = _packed_forward_op(qkv, *options)
-        remember(ctx, (qkv, out, lse), options)
+        out, statistics = _packed_forward_op(qkv, *options)
+        remember(ctx, (qkv, out, statistics), options)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv, out, lse), options = recall(ctx)
+        (qkv, out, statistics), options = recall(ctx)
         wanted = ctx.needs_input_grad[:3]
         if wants_second_order():
             gradients = _second_order((qkv, *options[:2]), True, options, grad_out)
         else:
-            gradients = _packed_backward_op(grad_out, qkv, out, lse, *wanted[1:], *options)
+            gradients = _packed_backward_op(grad_out, qkv, out, statistics, *wanted[1:], *options)
         return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)

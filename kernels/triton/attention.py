@@ -33,9 +33,9 @@ STRIDE_LIMIT = 1 << 23  # elements between rows, from which offsets inside a til
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, arguments: Any, out: Tensor, lse: Tensor
+    query: Tensor, key: Tensor, value: Tensor, arguments: Any, out: Tensor, statistics: Tensor
 ) -> None:
-    """Write the output and, for backward, the logarithm of the softmax's denominator.
+    """Write the output and what backward needs of each softmax.
 
     Args:
         query: (B, Sq, H, D), or (Tq, H, D) packed. Where features are not adjacent, the kernels
@@ -43,18 +43,20 @@ def attention_forward(
         key, value: (B, Sk, H, D), or (Tk, H, D) packed.
         arguments: an :class:`fastattn.ops.arguments.AttentionArguments`.
         out: where to write, like ``query``, with adjacent features.
-        lse: (B, H, Sq), or (H, Tq) packed, fp32 (fp64 for fp64), contiguous: where to write the
-            logarithm to base 2, which loses less in rounding; infinite where a query has no key.
+        statistics: (1, B, H, Sq), or (1, H, Tq) packed, fp32 (fp64 for fp64), contiguous: where to
+            write the logarithm to base 2 of the softmax's denominator. Or (2, B, H, Sq): the
+            largest score, and 1 over the sum of e^(score - largest). Where a query has no key the
+            first is infinite.
     """
     query, key, value = (_addressable(x) for x in (query, key, value))
-    launch = Launch(arguments, lse, q=query, k=key, v=value, out=out)
+    launch = Launch(arguments, statistics, q=query, k=key, v=value, out=out)
     config = choose("forward", launch)
     blocks = triton.cdiv(launch.seqlen_q, config.BLOCK_M)
     launch.run(
         forward_kernel,
         config,
         blocks * launch.programs,
-        (query, key, value, out, lse),
+        (query, key, value, out),
         query_blocks=blocks,
         **launch.strides("q", "k", "v", "out"),
         **launch.packing,
@@ -67,7 +69,7 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     arguments: Any,
     grad_masks: tuple[bool, bool],
     gradients: tuple[Tensor, Tensor, Tensor],
@@ -82,11 +84,11 @@ def attention_backward(
     """
     query, key, value, grad_out = (_addressable(x) for x in (query, key, value, grad_out))
     dq, dk, dv = gradients
-    rows = {"do": grad_out, "q": query, "k": key, "v": value, "out": out, "dq": dq}
-    launch = Launch(arguments, lse, **rows, dk=dk, dv=dv)
+    rows = {"do": grad_out, "q": query, "k": key, "v": value, "dq": dq}
+    launch = Launch(arguments, statistics, **rows, out=out, dk=dk, dv=dv)
     whole = None if any(grad_masks) else choose_whole_pass(launch)
-    delta = None if whole else torch.empty_like(lse)
-    inputs = grad_out, query, key, value, out, lse, delta
+    delta = None if whole else torch.empty_like(statistics[0])
+    inputs = grad_out, query, key, value
     if not whole:
         config = choose("query gradient", launch)
         blocks = triton.cdiv(launch.seqlen_q, config.BLOCK_M)
@@ -94,9 +96,12 @@ def attention_backward(
             query_gradient_kernel,
             config,
             blocks * launch.programs,
-            (*inputs, dq),
+            inputs,
+            Out=out,
+            Delta=delta,
+            dQ=dq,
             query_blocks=blocks,
-            **launch.strides(*rows),
+            **launch.strides(*rows, "out"),
             **launch.packing,
         )
     config = whole or choose("key gradient", launch)
@@ -105,7 +110,11 @@ def attention_backward(
         key_gradient_kernel,
         config,
         blocks * launch.programs,
-        (*inputs, dq if whole else None, dk, dv),
+        inputs,
+        Delta=delta,
+        dQ=dq if whole else None,
+        dK=dk,
+        dV=dv,
         key_blocks=blocks,
         **launch.strides(*rows, "dk", "dv"),
         **launch.packing,
@@ -113,17 +122,18 @@ def attention_backward(
     d_padding = d_mask = None
     if grad_masks[0]:
         mask = arguments.key_padding_mask
-        d_padding = _mask_gradient(launch, inputs, mask[:, None, None]).view_as(mask)
+        d_padding = _mask_gradient(launch, inputs, delta, mask[:, None, None]).view_as(mask)
     if grad_masks[1]:
-        d_mask = _mask_gradient(launch, inputs, arguments.attn_mask)
+        d_mask = _mask_gradient(launch, inputs, delta, arguments.attn_mask)
     return d_padding, d_mask
 
 
-def _mask_gradient(launch: Launch, inputs: tuple[Tensor | None, ...], mask: Tensor) -> Tensor:
+def _mask_gradient(
+    launch: Launch, inputs: tuple[Tensor, ...], delta: Tensor, mask: Tensor
+) -> Tensor:
     """The gradient of a float ``mask``, (B|1, H|1, Sq|1, Sk|1)."""
     if launch.programs == 0:
         return torch.zeros_like(mask, memory_format=torch.contiguous_format)
-    grad_out, query, key, value, _, lse, delta = inputs
     config = choose("mask gradient", launch)
     query_blocks = triton.cdiv(launch.seqlen_q, config.BLOCK_M)
     key_blocks = triton.cdiv(launch.seqlen_k, config.BLOCK_N)
@@ -131,14 +141,16 @@ def _mask_gradient(launch: Launch, inputs: tuple[Tensor | None, ...], mask: Tens
     summed = [size == 1 for size in mask.shape]
     programs = math.prod(n for n, is_summed in zip(blocks, summed, strict=True) if not is_summed)
     tiles = math.prod(n for n, is_summed in zip(blocks, summed, strict=True) if is_summed)
-    splits = max(1, min(tiles, 2 * multiprocessors(lse.device) // max(programs, 1)))
-    dtype = mask.dtype if splits == 1 else lse.dtype
-    partial = lse.new_empty(splits, *mask.shape, dtype=dtype)
+    splits = max(1, min(tiles, 2 * multiprocessors(delta.device) // max(programs, 1)))
+    dtype = mask.dtype if splits == 1 else delta.dtype
+    partial = delta.new_empty(splits, *mask.shape, dtype=dtype)
     launch.run(
         mask_gradient_kernel,
         config,
         programs * splits if partial.numel() else 0,
-        (grad_out, query, key, value, lse, delta, partial),
+        inputs,
+        Delta=delta,
+        dMask=partial,
         dmask_strides=(partial.stride(0), *_broadcast_strides(partial[0])),
         batch=launch.batch,
         splits=splits,
@@ -154,7 +166,7 @@ def _mask_gradient(launch: Launch, inputs: tuple[Tensor | None, ...], mask: Tens
 class Launch:
     """What the kernels of one call have in common."""
 
-    def __init__(self, arguments: Any, lse: Tensor, **rows: Tensor) -> None:
+    def __init__(self, arguments: Any, statistics: Tensor, **rows: Tensor) -> None:
         query, key = rows["q"], rows["k"]
         self.device, self.dtype = query.device, query.dtype
         self.heads, self.head_dim = query.shape[-2:]
@@ -194,7 +206,9 @@ class Launch:
             "KeyLengths": _contiguous(arguments.key_lengths),
             "QueryLengths": _contiguous(arguments.query_lengths),
             "Seed": arguments.seed if arguments.dropout.drops else None,
-            "lse_stride": lse.shape[-1],
+            "RowShift": statistics[0],
+            "RowScale": statistics[1] if statistics.shape[0] == 2 else None,
+            "row_stride": statistics.shape[-1],
             "key_stride": 0 if padding is None else padding.stride(0),
             "bias_strides": tuple(stride // bias_unit for stride in bias_strides[:3]),
             "bias_columns": self.seqlen_k // bias_unit,
@@ -210,6 +224,7 @@ class Launch:
         self.tile = {
             "HEAD_DIM": self.head_dim,
             "IS_CAUSAL": arguments.is_causal,
+            "BASE_2": statistics.shape[0] == 1,
             "PRECISION": _precision(self.dtype),
             "OWNS_ROW": capability(self.device)[0] == 10,
             "WIDE": max(*(x.stride(-3) for x in rows.values()), bias_strides[2]) >= STRIDE_LIMIT,
@@ -231,7 +246,7 @@ class Launch:
         kernel: Any,
         config: Config,
         programs: int,
-        tensors: tuple[Tensor | None, ...],
+        tensors: tuple[Tensor, ...],
         **arguments: Any,
     ) -> None:
         if programs == 0:

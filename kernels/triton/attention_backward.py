@@ -1,6 +1,7 @@
 """Attention, backward: deterministic, without atomics and without a matrix of scores in memory.
 
-With Z = dropout(P), P = softmax(S) and S = scale q k^T + masks, all made again from lse and seed:
+With Z = dropout(P), P = softmax(S) and S = scale q k^T + masks, all made again from what forward
+kept of each row and the seed:
 
     dV = Z^T dO    dP = dropout(dO V^T)    delta = rowsum(dO * out)    dS = P * (dP - delta)
     dQ = scale dS K    dK = scale dS^T Q    d mask = dS, summed where the mask broadcasts
@@ -21,11 +22,8 @@ from fastattn.kernels.attention_forward import RUNTIME
 from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
-    LOG2E,
     bias_offset,
     dropout_of,
-    exp2_of_nonpositive,
-    in_log2,
     is_open,
     kept,
     kept_transposed,
@@ -35,10 +33,12 @@ from fastattn.kernels.attention_tiles import (
     masked,
     masked_pairs,
     padded,
+    probability,
     product,
     program_of,
     rows_of,
     runs_of,
+    score_scale,
     sequence_of,
     start_of,
     statistics_offset,
@@ -56,8 +56,9 @@ def query_gradient_kernel(
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
     V,  # like K
     Out,  # like Q
-    Lse,  # [B, heads, seqlen_q], or [heads, tokens]
-    Delta,  # like Lse
+    RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
+    RowScale,  # like RowShift; None without a float mask
+    Delta,  # like RowShift
     dQ,  # like Q
     KeyMask,  # [B, seqlen_k] uint8 or float, or None
     Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
@@ -72,7 +73,7 @@ def query_gradient_kernel(
     v_strides,
     out_strides,
     dq_strides,
-    lse_stride,  # of Lse's second to last dimension
+    row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
     bias_strides,
     bias_columns,
@@ -112,7 +113,7 @@ def query_gradient_kernel(
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
-    row = statistics_offset(lse_stride, sequence, head, heads, CuSeqlensQ, first_q)
+    row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
@@ -120,7 +121,7 @@ def query_gradient_kernel(
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
-    score_scale = tl.full([], scale * LOG2E, dtype)
+    to_scores = score_scale(scale, dtype, TILE)
     out_scale = tl.full([], scale * keep_scale, dtype)
     keep_scale = tl.full([], keep_scale, dtype)
 
@@ -128,37 +129,50 @@ def query_gradient_kernel(
     do = load_tile(dOut, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
     out = load_tile(Out, start_m, out_strides[1], end_m, BLOCK_M, TILE, True)
     m = start_m + tl.arange(0, BLOCK_M)
-    lse = tl.load(Lse + row + m, mask=m < seqlen_q, other=float("inf"))
-    delta = row_products(do, out, keep_scale)
-    tl.store(Delta + row + m, delta, mask=m < seqlen_q)
-    rows = q, do, lse, delta
+    shift = tl.load(RowShift + row + m, mask=m < seqlen_q, other=float("inf"))
+    delta = tl.sum(do.to(dtype) * out.to(dtype), 1)
+    delta /= tl.where(keep_scale > 0, keep_scale, 1.0)  # where it is 0 everything drops
+    rows = q, do, shift, delta
+    if not corrects_delta(q.dtype):
+        tl.store(Delta + row + m, delta, mask=m < seqlen_q)
 
     dq = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
+    excess = tl.zeros([BLOCK_M, BLOCK_N], dtype)
     ends = end_m, end_n
     n_blocks = tl.cdiv(end_n, BLOCK_N)
     for first_block in tl.range(0, n_blocks, ALL if KeyMask is None else FLAGS):
         whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
         if Bias is None:
-            dq = gather_from_keys(
-                dq, rows, keys, whole, masks, dropout, score_scale, start_m, ends, TILE, False
-            )
-        dq = gather_from_keys(
-            dq, rows, keys, rest, masks, dropout, score_scale, start_m, ends, TILE, True
-        )
-    store_tile(dQ, dq * out_scale, start_m, dq_strides[1], seqlen_q, BLOCK_M, TILE)
+            dq, excess = gather_from_keys(
+                dq, excess, rows, keys, whole, masks, dropout, to_scores, start_m, ends,
+                TILE, False,
+            )  # fmt: skip
+        dq, excess = gather_from_keys(
+            dq, excess, rows, keys, rest, masks, dropout, to_scores, start_m, ends,
+            TILE, True,
+        )  # fmt: skip
+    dq *= out_scale
+    if RowScale is not None:
+        row_scale = tl.load(RowScale + row + m, mask=m < seqlen_q, other=0.0)
+        # Where it is 1, P is 1 for one key and 0 for the others, and dS is 0 but for rounding.
+        dq *= tl.where(row_scale == 1, 0.0, row_scale)[:, None]
+        if corrects_delta(q.dtype):
+            delta += tl.sum(excess, 1) * row_scale
+            tl.store(Delta + row + m, delta, mask=m < seqlen_q)
+    store_tile(dQ, dq, start_m, dq_strides[1], seqlen_q, BLOCK_M, TILE)
 
 
-@triton.jit
-def row_products(do, out, keep_scale):
-    """delta / keep_scale of a tile of queries; 0 where everything drops, as the output is."""
-    delta = tl.sum(do.to(keep_scale.dtype) * out.to(keep_scale.dtype), 1)
-    return delta / tl.where(keep_scale > 0, keep_scale, 1.0)
+@triton.constexpr_function
+def corrects_delta(dtype: tl.dtype) -> bool:
+    """A row of dS adds up to 0, or else to what delta lacks; rounding to 16 bits hides that."""
+    return dtype.primitive_bitwidth > 16
 
 
 @triton.jit
 def gather_from_keys(
     dq,  # [BLOCK_M, padded HEAD_DIM]
-    rows,  # q, do [BLOCK_M, padded HEAD_DIM]; lse, delta [BLOCK_M]
+    excess,  # [BLOCK_M, BLOCK_N]: sum of dS, to correct delta
+    rows,  # q, do [BLOCK_M, padded HEAD_DIM]; shift, delta [BLOCK_M]
     keys,  # K, V and their strides
     run,
     masks,
@@ -181,8 +195,10 @@ def gather_from_keys(
         ds = score_gradients(
             rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, MASKED
         )
+        if corrects_delta(k.dtype):
+            excess += ds
         dq = product(ds.to(k.dtype), k, TILE, dq)
-    return dq
+    return dq, excess
 
 
 @triton.jit
@@ -199,12 +215,12 @@ def score_gradients(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dS / keep_scale of a tile, [BLOCK_M, BLOCK_N]."""
-    q, do, lse, delta = rows
+    """dS / keep_scale of a tile, [BLOCK_M, BLOCK_N]; rows are yet to be multiplied by RowScale."""
+    q, do, shift, delta = rows
     scores = product(q, tl.trans(k), TILE) * scale
     if MASKED:
         scores = masked(scores, masks, start_m, start_n, ends, TILE)
-    probs = exp2_of_nonpositive(scores - lse[:, None])
+    probs = probability(scores - shift[:, None], TILE)
     dp = product(do, tl.trans(v), TILE)
     if dropout is not None:
         keep = kept(dropout, start_m, start_n, TILE)
@@ -222,9 +238,9 @@ def key_gradient_kernel(
     Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
     V,  # like K
-    Out,  # like Q
-    Lse,  # [B, heads, seqlen_q], or [heads, tokens]
-    Delta,  # like Lse, from query_gradient_kernel; None where dQ is given
+    RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
+    RowScale,  # like RowShift; None without a float mask
+    Delta,  # like RowShift, from query_gradient_kernel; None where dQ is given
     dQ,  # like Q; None unless one tile holds all keys
     dK,  # like K
     dV,  # like K
@@ -239,11 +255,10 @@ def key_gradient_kernel(
     q_strides,
     k_strides,
     v_strides,
-    out_strides,
     dq_strides,
     dk_strides,
     dv_strides,
-    lse_stride,  # of Lse's second to last dimension
+    row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
     bias_strides,
     bias_columns,
@@ -282,16 +297,17 @@ def key_gradient_kernel(
     Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
-    Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     dK = rows_of(dK, dk_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     dV = rows_of(dV, dv_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
-    row = statistics_offset(lse_stride, sequence, head, heads, CuSeqlensQ, first_q)
+    row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     if dQ is not None:
         dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     else:
         Delta += row
-    queries = Q, dOut, Out, Lse + row, Delta, dQ
-    strides = q_strides[1], do_strides[1], out_strides[1], dq_strides[1]
+    if RowScale is not None:
+        RowScale += row
+    queries = Q, dOut, RowShift + row, RowScale, Delta, dQ
+    strides = q_strides[1], do_strides[1], dq_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
     masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
@@ -299,8 +315,7 @@ def key_gradient_kernel(
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
     out_scale = tl.full([], scale * keep_scale, dtype)
-    keep_scale = tl.full([], keep_scale, dtype)
-    scales = tl.full([], scale * LOG2E, dtype), out_scale, keep_scale
+    scales = score_scale(scale, dtype, TILE), out_scale
 
     n = start_n + tl.arange(0, BLOCK_N)
     counts = n < end_n
@@ -309,7 +324,7 @@ def key_gradient_kernel(
         key_mask = load_mask(KeyMask + key_offset + n, counts)
         counts &= is_open(key_mask)
         if key_mask.dtype != tl.uint8:
-            added = in_log2(key_mask.to(dtype))
+            added = key_mask.to(dtype)
     if dQ is not None:  # no other key may reach dQ
         added = tl.where(counts, 0.0 if added is None else added, float("-inf")).to(dtype)
     k = load_tile(K, start_n, k_strides[1], end_n, BLOCK_N, TILE, True)
@@ -341,7 +356,7 @@ def key_gradient_kernel(
             ends, TILE, False,
         )  # fmt: skip
     dk *= out_scale
-    dv *= keep_scale
+    dv *= tl.full([], keep_scale, dtype)
     if dQ is None:
         dk = tl.where(counts[:, None], dk, 0.0)
         dv = tl.where(counts[:, None], dv, 0.0)
@@ -355,8 +370,8 @@ def gather_from_queries(
     dv,  # [BLOCK_N, padded HEAD_DIM]
     tile,  # k, v [BLOCK_N, padded HEAD_DIM], and the first key
     added,  # [BLOCK_N] to the scores of each key, or None
-    queries,  # Q, dOut, Out, Lse, Delta, dQ
-    strides,  # of Q, dOut, Out, dQ
+    queries,  # Q, dOut, RowShift, RowScale, Delta, dQ
+    strides,  # of Q, dOut, dQ
     first_block,
     end_block,
     masks,
@@ -369,41 +384,42 @@ def gather_from_queries(
     """Add dS^T Q and Z^T dO over blocks of queries; with dQ write dS K."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     k, v, start_n = tile
-    Q, dOut, Out, Lse, Delta, dQ = queries
-    score_scale, out_scale, keep_scale = scales
+    Q, dOut, RowShift, RowScale, Delta, dQ = queries
+    to_scores, out_scale = scales
     for block in tl.range(first_block, end_block):
         start_m = block * BLOCK_M
         m = start_m + tl.arange(0, BLOCK_M)
         q = load_tile(Q, start_m, strides[0], ends[0], BLOCK_M, TILE, True)
         do = load_tile(dOut, start_m, strides[1], ends[0], BLOCK_M, TILE, True)
-        lse = load_shared(Lse + m, m < ends[0], float("inf"), BLOCK_M)
-        if dQ is not None:
-            out = load_tile(Out, start_m, strides[2], ends[0], BLOCK_M, TILE, True)
-            delta = row_products(do, out, keep_scale)
-        else:
+        shift = load_shared(RowShift + m, m < ends[0], float("inf"), BLOCK_M)
+        if dQ is None:
             delta = load_shared(Delta + m, m < ends[0], 0.0, BLOCK_M)
         scores = product(k, tl.trans(q), TILE)
-        scores *= score_scale  # [BLOCK_N, BLOCK_M]
+        scores *= to_scores  # [BLOCK_N, BLOCK_M]
         if MASKED:
             scores = masked_pairs(scores, masks, start_m, start_n, ends, TILE, True)
         if added is not None:
             scores += added[:, None]
-        probs = exp2_of_nonpositive(scores - lse[None, :])
-        dp = product(v, tl.trans(do), TILE)
+        probs = probability(scores - shift[None, :], TILE)
+        if RowScale is not None:
+            probs *= load_shared(RowScale + m, m < ends[0], 0.0, BLOCK_M)[None, :]
+        dropped = probs
         if dropout is not None:
-            keep = kept_transposed(dropout, start_m, start_n, TILE)
-            dropped = tl.where(keep, probs, 0.0)
+            dropped = tl.where(kept_transposed(dropout, start_m, start_n, TILE), probs, 0.0)
+        dv = product(dropped.to(do.dtype), do, TILE, dv)
+        dp = product(v, tl.trans(do), TILE)
+        if dQ is not None:
+            delta = tl.sum(dropped * dp, 0)
+        if dropout is not None:
             ds = dropped * dp - probs * delta[None, :]
         else:
-            dropped = probs
             ds = probs * (dp - delta[None, :])
         ds = ds.to(q.dtype)
-        dv = product(dropped.to(do.dtype), do, TILE, dv)
         dk = product(ds, q, TILE, dk)
         if dQ is not None:
             dq = product(tl.trans(k), ds, TILE)
             dq = tl.trans(dq * out_scale)
-            store_tile(dQ, dq, start_m, strides[3], ends[2], BLOCK_M, TILE)
+            store_tile(dQ, dq, start_m, strides[2], ends[2], BLOCK_M, TILE)
     return dk, dv
 
 
@@ -426,8 +442,9 @@ def mask_gradient_kernel(
     Q,  # [B, seqlen_q, heads, HEAD_DIM]
     K,  # [B, seqlen_k, heads, HEAD_DIM]
     V,  # like K
-    Lse,  # [B, heads, seqlen_q]
-    Delta,  # like Lse
+    RowShift,  # [B, heads, seqlen_q]; fp32
+    RowScale,  # like RowShift
+    Delta,  # like RowShift
     dMask,  # [splits, B|1, heads|1, seqlen_q|1, seqlen_k|1]
     KeyMask,  # [B, seqlen_k] uint8 or float, or None
     Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
@@ -439,7 +456,7 @@ def mask_gradient_kernel(
     k_strides,
     v_strides,
     dmask_strides,  # all five, 0 where it broadcasts
-    lse_stride,  # of Lse's second to last dimension
+    row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
     bias_strides,
     bias_columns,
@@ -473,7 +490,7 @@ def mask_gradient_kernel(
     own_m, rest, added_m = share(rest, query_blocks, SUM_M)
     own_head, rest, added_heads = share(rest, heads, SUM_HEADS)
     own_sequence, split, added_sequences = share(rest, batch, SUM_BATCH)
-    scale = tl.full([], scale * LOG2E, dtype)
+    scale = score_scale(scale, dtype, TILE)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype)
     tiles = added_n * added_m * added_heads * added_sequences
@@ -486,8 +503,9 @@ def mask_gradient_kernel(
         end_m = length_of(QueryLengths, sequence, seqlen_q)
         end_n = length_of(KeyLengths, sequence, seqlen_k)
         m = start_m + tl.arange(0, BLOCK_M)
-        statistics = statistics_offset(lse_stride, sequence, head, heads, None, 0) + m
-        lse = tl.load(Lse + statistics, mask=m < end_m, other=float("inf"))
+        statistics = statistics_offset(row_stride, sequence, head, heads, None, 0) + m
+        shift = tl.load(RowShift + statistics, mask=m < end_m, other=float("inf"))
+        row_scale = tl.load(RowScale + statistics, mask=m < end_m, other=0.0)
         delta = tl.load(Delta + statistics, mask=m < end_m, other=0.0)
         dO = rows_of(dOut, do_strides, sequence, head, None, 0, TILE.UNIT)
         do = load_tile(dO, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
@@ -503,11 +521,10 @@ def mask_gradient_kernel(
         dropout = None
         if Seed is not None:
             dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
-        rows = q, do, lse, delta
+        rows = q, do, shift, delta
         ends = end_m, end_n
-        acc += score_gradients(
-            rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, True
-        )
+        ds = score_gradients(rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, True)
+        acc += ds * row_scale[:, None]
 
     acc *= tl.full([], keep_scale, dtype)
     m = own_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]

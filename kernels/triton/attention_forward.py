@@ -12,19 +12,20 @@ import triton.language as tl
 from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
-    LOG2E,
     bias_offset,
     drop,
     dropout_of,
-    exp2_of_nonpositive,
+    exponential,
     length_of,
     load_tile,
     masked,
     padded,
+    probability,
     product,
     program_of,
     rows_of,
     runs_of,
+    score_scale,
     sequence_of,
     start_of,
     statistics_offset,
@@ -36,7 +37,7 @@ from fastattn.kernels.attention_tiles import (
 RUNTIME = [
     *("do_strides", "q_strides", "k_strides", "v_strides", "out_strides"),
     *("dq_strides", "dk_strides", "dv_strides", "dmask_strides"),
-    *("lse_stride", "key_stride", "bias_strides"),
+    *("row_stride", "key_stride", "bias_strides"),
     *("batch", "heads", "query_blocks", "key_blocks", "seqlen_q", "seqlen_k", "splits"),
     *("bias_columns", "site", "head_offset", "threshold"),
 ]
@@ -48,7 +49,8 @@ def forward_kernel(
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
     V,  # like K
     Out,  # like Q
-    Lse,  # [B, heads, seqlen_q], or [heads, tokens]; fp32, logarithm to base 2
+    RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
+    RowScale,  # like RowShift; None where no float mask is given
     KeyMask,  # [B, seqlen_k]: uint8, not 0 where a key is ignored, or float to add; or None
     Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1]: the same for pairs; or None
     KeyLengths,  # [B] int32, or None
@@ -60,7 +62,7 @@ def forward_kernel(
     k_strides,
     v_strides,
     out_strides,
-    lse_stride,  # of Lse's second to last dimension
+    row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
     bias_strides,  # of batch, head and row, in BIAS_UNITs, 0 where it broadcasts
     bias_columns,  # in BIAS_UNITs
@@ -78,8 +80,12 @@ def forward_kernel(
     """out = Z v, with Z = dropout(softmax(q k^T scale + masks)).
 
     A program owns BLOCK_M queries of one head and walks over the keys that count for them. Scores,
-    probabilities and decisions stay in registers. For backward it writes lse, the logarithm of the
-    softmax's denominator to base 2, infinite where a query has no key.
+    probabilities and decisions stay in registers.
+
+    For backward it writes what makes probabilities of a row's scores: the logarithm of their
+    denominator, shift, so that P = 2^(score - shift). A float mask may be so large that sums with
+    it lose all digits of that; with one it is P = scale e^(score - shift), with the maximum and 1
+    over the sum. Where a query has no key, shift is infinite.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -100,7 +106,7 @@ def forward_kernel(
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
-    Lse += statistics_offset(lse_stride, sequence, head, heads, CuSeqlensQ, first_q)
+    row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
@@ -108,7 +114,7 @@ def forward_kernel(
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
-    scale = tl.full([], scale * LOG2E, dtype)
+    scale = score_scale(scale, dtype, TILE)
 
     q = load_tile(Q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
     acc = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
@@ -132,15 +138,19 @@ def forward_kernel(
     alive = (row_sum != 0) & (m < end_m)
     row_sum = tl.where(alive, row_sum, 1.0)
     out = tl.where(alive[:, None], acc * (tl.full([], keep_scale, dtype) / row_sum)[:, None], 0.0)
-    lse = tl.where(alive, row_max + tl.log2(row_sum), float("inf"))
     store_tile(Out, out, start_m, out_strides[1], seqlen_q, BLOCK_M, TILE)
-    tl.store(Lse + m, lse, mask=m < seqlen_q)
+    shift = row_max
+    if TILE.BASE_2:
+        shift += tl.log2(row_sum)
+    else:
+        tl.store(RowScale + row + m, 1.0 / row_sum, mask=m < seqlen_q)
+    tl.store(RowShift + row + m, tl.where(alive, shift, float("inf")), mask=m < seqlen_q)
 
 
 @triton.jit
 def attend(
-    acc,  # [BLOCK_M, padded HEAD_DIM]: sum of kept exp2(score - row_max) times values
-    row_sum,  # [BLOCK_M]: sum of exp2(score - row_max), before dropout
+    acc,  # [BLOCK_M, padded HEAD_DIM]: sum of kept exponentials of score - row_max times values
+    row_sum,  # [BLOCK_M]: sum of these exponentials, before dropout
     row_max,  # [BLOCK_M]
     q,  # [BLOCK_M, padded HEAD_DIM]
     keys,  # K, V and their strides
@@ -169,8 +179,8 @@ def attend(
             new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
             scores = scores * scale
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probs = exp2_of_nonpositive(scores - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
+        probs = probability(scores - shift[:, None], TILE)
+        rescale = exponential(row_max - shift, TILE)
         row_sum = row_sum * rescale + tl.sum(probs, 1)
         row_max = new_max
         acc *= rescale[:, None]

@@ -1,8 +1,7 @@
 """Device functions of the attention kernels: where rows lie, which keys count, what drops.
 
 Positions m of queries and n of keys count from the start of a sequence, whether the batch is padded
-or packed. Scores are in units of log 2, so that their exponential is ``exp2``. What several
-functions take travels in tuples:
+or packed. What several functions take travels in tuples:
 
     TILE     a Tile: what is known when a kernel is compiled
     masks    (KeyMask, offset; Bias, offset, row stride, columns), for one sequence and head; the
@@ -20,7 +19,6 @@ import triton.language as tl
 from fastattn.kernels.dropout import HEADS, INTERPRETED, LANE, philox
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite number of fp32
 FLAGS = tl.constexpr(32)  # blocks of keys that one word of flags describes
 ALL = tl.constexpr(1 << 30)  # blocks of a run without flags
 
@@ -32,6 +30,7 @@ class Tile(NamedTuple):
     BLOCK_N: int  # keys
     HEAD_DIM: int
     IS_CAUSAL: bool
+    BASE_2: bool  # scores are in units of log 2; not with a float mask, which is added as it is
     PRECISION: str  # of products in fp32
     OWNS_ROW: bool  # a thread holds a row of a tile of scores (tensor memory), not rows m and m + 8
     WIDE: bool  # offsets inside a tile need 64 bits
@@ -60,9 +59,20 @@ def product(a, b, TILE: tl.constexpr, acc=None):
 
 
 @triton.jit
-def exp2_of_nonpositive(x):
-    """2^x of what is at most 0 but for rounding, which is without bound where scores are huge."""
-    return tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+def score_scale(scale, dtype: tl.constexpr, TILE: tl.constexpr):
+    """``scale``, in the unit that makes scores of products."""
+    return tl.full([], scale * LOG2E if TILE.BASE_2 else scale, dtype)
+
+
+@triton.jit
+def exponential(score, TILE: tl.constexpr):
+    return tl.exp2(score if TILE.BASE_2 else score * LOG2E)
+
+
+@triton.jit
+def probability(score, TILE: tl.constexpr):
+    """The exponential of what is at most 0 but for rounding, which has no bound, like scores."""
+    return exponential(tl.minimum(score, 0.0, propagate_nan=tl.PropagateNan.ALL), TILE)
 
 
 # ------------------------------------------------------------------------------- where rows lie
@@ -232,15 +242,6 @@ def load_mask(pointers, exists):
 
 
 @triton.jit
-def in_log2(mask):
-    """What a float mask adds to scores in units of log 2; finite where the mask is."""
-    scaled = mask * LOG2E
-    return tl.where(
-        mask == float("-inf"), scaled, tl.maximum(scaled, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    )
-
-
-@triton.jit
 def is_open(mask):
     """Whether a key may be attended to at all."""
     if mask.dtype == tl.uint8:
@@ -255,7 +256,7 @@ def apply_mask(scores, mask):
     if mask.dtype == tl.uint8:
         return tl.where(mask == 0, scores, float("-inf"))
     else:
-        return scores + in_log2(mask.to(scores.dtype))
+        return scores + mask.to(scores.dtype)
 
 
 @triton.jit

@@ -44,7 +44,6 @@ def variants(
     qkv = empty(*shape, 3, HEADS, head_dim, dtype=dtype)
     query, key, value = qkv.unbind(-3)
     out, d_qkv = torch.empty_like(query), torch.empty_like(qkv)
-    lse = empty(*shape[:-1], HEADS, shape[-1], dtype=fp32)
     cu_seqlens = None if lengths is None else empty(lengths + 1, dtype=torch.int32)
     arguments = AttentionArguments(
         scale=head_dim**-0.5,
@@ -56,16 +55,21 @@ def variants(
         max_seqlen_k=length,
         **masks,
     )
-    mask = arguments.attn_mask
-    with_gradient = mask is not None and mask.is_floating_point()
+    added = [
+        mask is not None and mask.is_floating_point()
+        for mask in (arguments.key_padding_mask, arguments.attn_mask)
+    ]
+    with_gradient = added[1]
+    numbers = 2 if any(added) or dtype == fp32 else 1
+    statistics = empty(numbers, *shape[:-1], HEADS, shape[-1], dtype=fp32)
 
     def forward() -> None:
-        attention_forward(query, key, value, arguments, out, lse)
+        attention_forward(query, key, value, arguments, out, statistics)
 
     def backward() -> None:
         gradients = d_qkv.unbind(-3)
         wanted = (False, with_gradient)
-        attention_backward(out, query, key, value, out, lse, arguments, wanted, gradients)
+        attention_backward(out, query, key, value, out, statistics, arguments, wanted, gradients)
 
     backward_kernels = ["query_gradient_kernel", "key_gradient_kernel"]
     backward_kernels += ["mask_gradient_kernel"] if with_gradient else []
