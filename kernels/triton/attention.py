@@ -10,11 +10,7 @@ import triton
 from torch import Tensor
 
 from fastattn.dropout import keep_scale, threshold
-from fastattn.kernels.attention_backward import (
-    key_gradient_kernel,
-    mask_gradient_kernel,
-    query_gradient_kernel,
-)
+from fastattn.kernels.attention_backward import key_gradient_kernel, query_gradient_kernel
 from fastattn.kernels.attention_configs import (
     Config,
     capability,
@@ -23,6 +19,7 @@ from fastattn.kernels.attention_configs import (
     multiprocessors,
 )
 from fastattn.kernels.attention_forward import forward_kernel
+from fastattn.kernels.attention_mask_gradient import mask_gradient_kernel
 from fastattn.kernels.attention_tiles import Tile
 
 ACCESS_BYTES = 16  # of the widest load and store

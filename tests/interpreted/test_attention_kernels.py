@@ -460,6 +460,71 @@ def test_a_single_key(dtype: torch.dtype, lengths: tuple[int, int], dropout_p: f
     assert (d_key[:, 1:] == 0).all()
     d_mask = results["gradient of attn_mask"].abs()
     assert (d_mask <= left.sum((0, 2))).all()
+    if lengths[1] == 1 or dtype == torch.float32:
+        assert (d_query == 0).all()
+    if dtype == torch.float32:
+        assert (d_key == 0).all() and (d_mask == 0).all()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("magnitude", [1e4, 1e9, 1e18])
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_scores_give_finite_gradients(
+    dtype: torch.dtype,
+    head_dim: int,
+    magnitude: float,
+    whole: bool,
+    tiles: Callable[..., None],
+) -> None:
+    """Rounded apart in two kernels by far more than their exponentials can bear."""
+    tiles(32, 64, whole)
+    inputs = make_inputs(2, 40, 50, head_dim=head_dim, dtype=dtype)
+    inputs["query"] *= magnitude
+    inputs["key_padding_mask"] = torch.rand(2, 50) < 0.3
+    results = helpers.results_of(partial(attention, dropout_p=P, seed=seed_tensor()), inputs)
+    largest = inputs["value"].abs().amax() / (1 - P)
+    assert results["output 0"].abs().amax() <= 1.01 * largest
+    assert all(x.isfinite().all() for x in results.values())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nan_past_the_queries_that_count(whole: bool, tiles: Callable[..., None]) -> None:
+    """It does not spread; there the output, and the gradient of query, are zero."""
+    tiles(32, 64, whole)
+    inputs = make_qkv(make_inputs(2, 40, 50))
+    lengths = torch.tensor([0, 33], dtype=torch.int32)
+    beyond = torch.arange(40) >= lengths[:, None]
+    ours = partial(attention, query_lengths=lengths, dropout_p=P, seed=seed_tensor())
+    expected = helpers.results_of(ours, inputs)
+    inputs["query"] = inputs["query"].masked_fill(beyond[:, :, None, None], math.nan)
+    helpers.assert_same(helpers.results_of(ours, inputs), expected)
+    assert (expected["output 0"][beyond] == 0).all()
+    assert (expected["gradient of query"][beyond] == 0).all()
+
+
+def test_lengths_of_any_stride() -> None:
+    inputs = make_qkv(make_inputs(3, 40, 50))
+    lengths = torch.tensor([[7, 33, 21], [50, 0, 13]], dtype=torch.int32)
+    every_other = torch.stack((lengths, lengths + 1), -1)[..., 0]
+    ours = partial(attention, dropout_p=P, seed=seed_tensor())
+    expected = partial(ours, query_lengths=lengths[0], key_lengths=lengths[1])
+    found = partial(ours, query_lengths=every_other[0], key_lengths=every_other[1])
+    assert not every_other[0].is_contiguous()
+    helpers.assert_same(helpers.results_of(found, inputs), helpers.results_of(expected, inputs))
+    same = torch.tensor([9], dtype=torch.int32).expand(3)
+    found, expected = (partial(ours, key_lengths=x) for x in (same, same.contiguous()))
+    helpers.assert_same(helpers.results_of(found, inputs), helpers.results_of(expected, inputs))
+
+
+def test_cumulative_lengths_of_any_stride() -> None:
+    inputs = {"qkv": torch.randn(21, 3, 2, 8)}
+    cu_seqlens = torch.tensor([0, 5, 5, 21], dtype=torch.int32)
+    every_other = cu_seqlens.repeat_interleave(2)[::2]
+    ours = partial(attention_packed, max_seqlen=16, dropout_p=P, seed=seed_tensor())
+    found, expected = (partial(ours, cu_seqlens=x) for x in (every_other, cu_seqlens))
+    assert not every_other.is_contiguous()
+    helpers.assert_same(helpers.results_of(found, inputs), helpers.results_of(expected, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -613,6 +678,26 @@ def test_masks_are_read_where_they_are(
         assert arguments["Bias"].data_ptr() == mask.data_ptr()
         assert arguments["KeyMask"].data_ptr() == padding.data_ptr()
     assert names(launches) == ["forward", "query_gradient", "key_gradient"]
+
+
+def test_a_mask_of_strided_columns_is_copied_as_small_as_it_is(launches: list[Launched]) -> None:
+    inputs, mask = make_qkv(make_inputs(2, 33, 21)), torch.randn(21, 33)
+    ours = partial(attention, dropout_p=P, seed=seed_tensor())
+    expected = helpers.results_of(partial(ours, attn_mask=mask.t().contiguous()), inputs)
+    launches.clear()
+    expanded = mask.t().expand(2, 3, 33, 21)
+    helpers.assert_same(helpers.results_of(partial(ours, attn_mask=expanded), inputs), expected)
+    for _, arguments in launches:
+        assert arguments["Bias"].untyped_storage().nbytes() == mask.nbytes
+
+
+def test_no_features_leave_masks_without_gradients() -> None:
+    inputs = make_inputs(2, 5, 7, head_dim=0)
+    inputs.update(key_padding_mask=torch.randn(2, 7), attn_mask=torch.randn(5, 7))
+    results = helpers.results_of(partial(attention, dropout_p=P, seed=seed_tensor()), inputs)
+    assert results["output 0"].shape == (2, 5, 3, 0)
+    assert (results["gradient of attn_mask"] == 0).all()
+    assert (results["gradient of key_padding_mask"] == 0).all()
 
 
 BROADCAST = [(b, h, m, n) for b in (1, 2) for h in (1, 2) for m in (1, 18) for n in (1, 20)]
