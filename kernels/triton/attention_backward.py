@@ -57,7 +57,7 @@ def query_gradient_kernel(
     V,  # like K
     Out,  # like Q
     RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
-    RowScale,  # like RowShift; None without a float mask
+    RowScale,  # like RowShift; or None
     Delta,  # like RowShift
     dQ,  # like Q
     KeyMask,  # [B, seqlen_k] uint8 or float, or None
@@ -239,7 +239,7 @@ def key_gradient_kernel(
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
     V,  # like K
     RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
-    RowScale,  # like RowShift; None without a float mask
+    RowScale,  # like RowShift; or None
     Delta,  # like RowShift, from query_gradient_kernel; None where dQ is given
     dQ,  # like Q; None unless one tile holds all keys
     dK,  # like K

@@ -50,7 +50,7 @@ def forward_kernel(
     V,  # like K
     Out,  # like Q
     RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
-    RowScale,  # like RowShift; None where no float mask is given
+    RowScale,  # like RowShift; or None
     KeyMask,  # [B, seqlen_k]: uint8, not 0 where a key is ignored, or float to add; or None
     Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1]: the same for pairs; or None
     KeyLengths,  # [B] int32, or None
@@ -82,10 +82,10 @@ def forward_kernel(
     A program owns BLOCK_M queries of one head and walks over the keys that count for them. Scores,
     probabilities and decisions stay in registers.
 
-    For backward it writes what makes probabilities of a row's scores: the logarithm of their
-    denominator, shift, so that P = 2^(score - shift). A float mask may be so large that sums with
-    it lose all digits of that; with one it is P = scale e^(score - shift), with the maximum and 1
-    over the sum. Where a query has no key, shift is infinite.
+    For backward it writes what makes probabilities of a row's scores. Without RowScale that is the
+    logarithm of their denominator, so that P = 2^(score - shift). In fp32 its rounding would count,
+    and beside what a float mask adds all its digits may be lost. There it is the maximum and 1 over
+    the sum, and P = scale e^(score - shift). Where a query has no key, shift is infinite.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N

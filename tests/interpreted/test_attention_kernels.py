@@ -1042,7 +1042,7 @@ def test_registration_of_the_kernels(name: str) -> None:
         if "bwd" in name:
             empty = next(i for i, x in enumerate(tensors) if torch.is_tensor(x) and x.numel() == 0)
             *batch, length, heads, _ = tensors[0].shape
-            tensors[empty] = torch.randn(*batch, heads, length)
+            tensors[empty] = torch.randn(2, *batch, heads, length)  # of fp32
         op = getattr(torch.ops.fastattn, name).default
         torch.library.opcheck(op, (*tensors, "triton"))
 
