@@ -361,17 +361,28 @@ def test_accuracy_where_nothing_drops() -> None:
 @pytest.mark.parametrize("length", [1, 1000])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_a_single_key(dtype: torch.dtype, length: int) -> None:
-    """The softmax is one whatever the scores: their gradient is zero but for rounding."""
+    """The softmax is one whatever the scores: their gradient is zero."""
     query, key, value = (random(2, n, 2, 64, dtype=dtype) for n in (length, 1, 1))
     attend = partial(ours, dropout_p=P, seed=seed_tensor())
     out, d_query, d_key, _ = with_gradients(attend, query, key, value)
     factor = reference.factor(keep_of(P, (2, 2, length, 1)), P).transpose(1, 2)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), factor * value.double(), rtol=4 * eps, atol=0)
-    # dS is what rounding leaves of dO V^T less delta, sums of 64 products no larger than V's.
-    bound = 4 * eps * value.double().abs().sum(-1, keepdim=True) / (1 - P) * 64**-0.5
-    assert (d_query.double().abs() <= bound * key.double().abs()).all()
-    assert (d_key.double().abs() <= bound * query.double().abs().sum(1, keepdim=True)).all()
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), factor * value.double(), rtol=rtol, atol=0)
+    assert (d_query == 0).all() and (d_key == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 96])
+def test_one_key_that_outweighs_all_others(head_dim: int) -> None:
+    """In fp32 its P is 1 exactly, whatever the scale rounds, and no gradient flows to the query."""
+    query, key, value = (random(2, 256, 2, head_dim, dtype=FP32) for _ in "qkv")
+    query *= 64
+    scores = torch.einsum("bmhd,bnhd->bmhn", query.double(), key.double()) * head_dim**-0.5
+    alone = (1 - scores.softmax(-1).amax(-1)) < 1e-9
+    assert 0.2 < alone.double().mean() < 1
+    attend = partial(ours, dropout_p=P, seed=seed_tensor())
+    d_query = with_gradients(attend, query, key, value)[1]
+    assert ((d_query == 0).all(-1) == alone).double().mean() > 0.9
+    assert (d_query[alone] == 0).all()
 
 
 def padding_masks(length: int) -> dict[str, Tensor]:

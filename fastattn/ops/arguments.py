@@ -14,7 +14,7 @@ class AttentionArguments(NamedTuple):
     """Everything an attention op takes besides query, key and value."""
 
     key_padding_mask: Tensor | None = None  # (B, Sk) bool (True: ignore) or float (added)
-    attn_mask: Tensor | None = None  # (B|1, H|1, Sq|1, Sk) bool (True: ignore) or float (added)
+    attn_mask: Tensor | None = None  # (B|1, H|1, Sq|1, Sk|1) bool (True: ignore) or float (added)
     key_lengths: Tensor | None = None  # (B,) int32: keys from here on are ignored
     query_lengths: Tensor | None = None  # (B,) int32: queries from here on give zeros
     cu_seqlens_q: Tensor | None = None  # (B + 1,) int32: packed sequences

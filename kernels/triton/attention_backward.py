@@ -122,7 +122,7 @@ def query_gradient_kernel(
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
     to_scores = score_scale(scale, dtype, TILE)
-    out_scale = tl.full([], scale * keep_scale, dtype)
+    out_scale = tl.full([], scale * keep_scale, dtype) * has_choice(end_m, end_n, TILE)
     keep_scale = tl.full([], keep_scale, dtype)
 
     q = load_tile(Q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
@@ -133,11 +133,11 @@ def query_gradient_kernel(
     delta = tl.sum(do.to(dtype) * out.to(dtype), 1)
     delta /= tl.where(keep_scale > 0, keep_scale, 1.0)  # where it is 0 everything drops
     rows = q, do, shift, delta
-    if not corrects_delta(q.dtype):
+    if RowScale is None:
         tl.store(Delta + row + m, delta, mask=m < seqlen_q)
 
     dq = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
-    excess = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+    excess = tl.zeros([BLOCK_M, excess_columns(q.dtype, BLOCK_N)], dtype)
     ends = end_m, end_n
     n_blocks = tl.cdiv(end_n, BLOCK_N)
     for first_block in tl.range(0, n_blocks, ALL if KeyMask is None else FLAGS):
@@ -154,24 +154,32 @@ def query_gradient_kernel(
     dq *= out_scale
     if RowScale is not None:
         row_scale = tl.load(RowScale + row + m, mask=m < seqlen_q, other=0.0)
-        # Where it is 1, P is 1 for one key and 0 for the others, and dS is 0 but for rounding.
+        # A row of dS adds up to 0, or else to what delta lacks.
+        delta += tl.sum(excess, 1) * row_scale
+        tl.store(Delta + row + m, delta, mask=m < seqlen_q)
+        # Where row_scale is 1, P is 1 for one key and 0 for the others, and that sum is all of dS.
         dq *= tl.where(row_scale == 1, 0.0, row_scale)[:, None]
-        if corrects_delta(q.dtype):
-            delta += tl.sum(excess, 1) * row_scale
-            tl.store(Delta + row + m, delta, mask=m < seqlen_q)
     store_tile(dQ, dq, start_m, dq_strides[1], seqlen_q, BLOCK_M, TILE)
 
 
+@triton.jit
+def has_choice(end_m, end_n, TILE: tl.constexpr):
+    """0 where no query has more keys than one: its P is 1 whatever the score, and dS is 0."""
+    if TILE.IS_CAUSAL:
+        end_n = tl.minimum(end_n, end_m)
+    return (end_n > 1).to(tl.int32)
+
+
 @triton.constexpr_function
-def corrects_delta(dtype: tl.dtype) -> bool:
-    """A row of dS adds up to 0, or else to what delta lacks; rounding to 16 bits hides that."""
-    return dtype.primitive_bitwidth > 16
+def excess_columns(dtype: tl.dtype, BLOCK_N: int) -> int:
+    """How many parts the sum of a row of dS is kept in: tiles of fp32 are small enough for all."""
+    return 1 if dtype.primitive_bitwidth == 16 else BLOCK_N
 
 
 @triton.jit
 def gather_from_keys(
     dq,  # [BLOCK_M, padded HEAD_DIM]
-    excess,  # [BLOCK_M, BLOCK_N]: sum of dS, to correct delta
+    excess,  # [BLOCK_M, 1|BLOCK_N]: sum of dS, where rows have a RowScale
     rows,  # q, do [BLOCK_M, padded HEAD_DIM]; shift, delta [BLOCK_M]
     keys,  # K, V and their strides
     run,
@@ -195,8 +203,8 @@ def gather_from_keys(
         ds = score_gradients(
             rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, MASKED
         )
-        if corrects_delta(k.dtype):
-            excess += ds
+        if not TILE.BASE_2:
+            excess += ds if excess.shape[1] == BLOCK_N else tl.sum(ds, 1, keep_dims=True)
         dq = product(ds.to(k.dtype), k, TILE, dq)
     return dq, excess
 
@@ -314,7 +322,7 @@ def key_gradient_kernel(
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
-    out_scale = tl.full([], scale * keep_scale, dtype)
+    out_scale = tl.full([], scale * keep_scale, dtype) * has_choice(end_m, end_n, TILE)
     scales = score_scale(scale, dtype, TILE), out_scale
 
     n = start_n + tl.arange(0, BLOCK_N)

@@ -23,6 +23,7 @@ from fastattn.kernels.attention_tiles import (
     probability,
     product,
     program_of,
+    rounded_product,
     rows_of,
     runs_of,
     score_scale,
@@ -85,7 +86,7 @@ def forward_kernel(
     For backward it writes what makes probabilities of a row's scores. Without RowScale that is the
     logarithm of their denominator, so that P = 2^(score - shift). In fp32 its rounding would count,
     and beside what a float mask adds all its digits may be lost. There it is the maximum and 1 over
-    the sum, and P = scale e^(score - shift). Where a query has no key, shift is infinite.
+    the sum, and P = RowScale e^(score - shift). Where a query has no key, shift is infinite.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -175,11 +176,17 @@ def attend(
         if MASKED:
             scores = masked(scores * scale, masks, start_m, start_n, ends, TILE)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
-        else:
+        elif TILE.BASE_2:
             new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
             scores = scores * scale
+        else:
+            scores = rounded_product(scores, scale)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probs = probability(scores - shift[:, None], TILE)
+        if TILE.BASE_2 and not MASKED:  # where the maximum is rounded and its score is not
+            probs = probability(scores - shift[:, None], TILE)
+        else:
+            probs = exponential(scores - shift[:, None], TILE)
         rescale = exponential(row_max - shift, TILE)
         row_sum = row_sum * rescale + tl.sum(probs, 1)
         row_max = new_max

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     BLOCK_N: int  # keys
     HEAD_DIM: int
     IS_CAUSAL: bool
-    BASE_2: bool  # scores are in units of log 2; not with a float mask, which is added as it is
+    BASE_2: bool  # scores are in units of log 2, and rows have no RowScale
     PRECISION: str  # of products in fp32
     OWNS_ROW: bool  # a thread holds a row of a tile of scores (tensor memory), not rows m and m + 8
     WIDE: bool  # offsets inside a tile need 64 bits
@@ -56,6 +56,20 @@ def product(a, b, TILE: tl.constexpr, acc=None):
     """``a`` times ``b``, added to ``acc``, in fp32 or wider."""
     dtype: tl.constexpr = sum_dtype(a.dtype)
     return tl.dot(a, b, acc, input_precision=TILE.PRECISION, out_dtype=dtype)
+
+
+@triton.jit
+def rounded_product(a, b):
+    """``a`` times ``b``, rounded. The compiler joins other products with the sum they enter.
+
+    So the largest score less the maximum is exactly 0, and a row of one key sums to exactly 1.
+    """
+    if INTERPRETED:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=a.dtype, is_pure=True, pack=1
+        )
 
 
 @triton.jit

@@ -59,7 +59,6 @@ def variants(
         mask is not None and mask.is_floating_point()
         for mask in (arguments.key_padding_mask, arguments.attn_mask)
     ]
-    with_gradient = added[1]
     numbers = 2 if any(added) or dtype == fp32 else 1
     statistics = empty(numbers, *shape[:-1], HEADS, shape[-1], dtype=fp32)
 
@@ -68,11 +67,11 @@ def variants(
 
     def backward() -> None:
         gradients = d_qkv.unbind(-3)
-        wanted = (False, with_gradient)
+        wanted = (all(added), added[1])
         attention_backward(out, query, key, value, out, statistics, arguments, wanted, gradients)
 
     backward_kernels = ["query_gradient_kernel", "key_gradient_kernel"]
-    backward_kernels += ["mask_gradient_kernel"] if with_gradient else []
+    backward_kernels += ["mask_gradient_kernel"] if added[1] else []
     return [
         Variant(f"{name} forward", forward, {"forward_kernel": KERNEL}),
         Variant(f"{name} backward", backward, dict.fromkeys(backward_kernels, KERNEL)),
@@ -100,6 +99,7 @@ VARIANTS = [
     *variants("128 dropout, bool keys", head_dim=128, key_padding_mask=bool_keys),
     *variants("256 dropout, bool keys", head_dim=256, key_padding_mask=bool_keys),
     *variants("40 dropout, bool keys", head_dim=40, key_padding_mask=bool_keys),
+    *variants("80 dropout, bool keys", head_dim=80, key_padding_mask=bool_keys),
     *(
         variant
         for length in (128, 256)
@@ -108,6 +108,11 @@ VARIANTS = [
             length=length,
             key_padding_mask=empty(BATCH, length, dtype=torch.bool),
         )
+    ),
+    *variants(
+        "128 keys, dropout, float keys",
+        length=128,
+        key_padding_mask=empty(BATCH, 128, dtype=fp32),
     ),
 ]
 

@@ -26,6 +26,7 @@ from test_attention import (
     SEEDS,
     SITE,
     P,
+    check,
     make_inputs,
     mask_cases,
     op_samples,
@@ -464,6 +465,38 @@ def test_a_single_key(dtype: torch.dtype, lengths: tuple[int, int], dropout_p: f
         assert (d_query == 0).all()
     if dtype == torch.float32:
         assert (d_key == 0).all() and (d_mask == 0).all()
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+def test_one_key_left_of_a_sequence(dtype: torch.dtype, is_float: bool) -> None:
+    """Delta is the sum that eager takes, in one kernel (bool) and in two (float), not near it."""
+    padding = torch.arange(70) >= torch.tensor([[1], [70]])
+    inputs = make_inputs(2, 70, 70, head_dim=64, dtype=dtype)
+    if is_float:
+        inputs["key_padding_mask"] = torch.zeros(2, 70).masked_fill(padding, -INF).to(dtype)
+    else:
+        inputs["key_padding_mask"] = padding
+    check(inputs, P)
+
+
+@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(300, 1), (1, 300)], ids=str)
+def test_a_single_key_and_many_queries(lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Too many for one kernel. Gradients of query and key are zero, and nothing near it."""
+    inputs = make_inputs(2, *lengths, head_dim=64, dtype=dtype)
+    check(inputs, P, is_causal=lengths[0] == 1)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_accuracy_of_the_tiles_of_fp32(
+    head_dim: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "choose", attention_configs.choose)
+    inputs = make_inputs(1, 130, 70, 1, head_dim)
+    check(inputs, dropout_p)
+    check({**inputs, "attn_mask": torch.randn(130, 70)}, dropout_p, is_causal=True)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -909,7 +942,7 @@ def test_no_matrix_of_scores_is_in_memory(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_saved_for_backward(dtype: torch.dtype) -> None:
-    """The inputs, the output, the seed, and of each softmax one number, or two in fp32."""
+    """Inputs, output, seed, and of a softmax one number, or two in fp32 and with a float mask."""
     query, key, value = (torch.randn(2, 48, 4, 8, dtype=dtype, requires_grad=True) for _ in "qkv")
     qkv = torch.randn(2, 48, 3, 4, 8, dtype=dtype, requires_grad=True)
     mask, seed = torch.rand(2, 48) < 0.3, seed_tensor()
@@ -923,6 +956,9 @@ def test_saved_for_backward(dtype: torch.dtype) -> None:
     )
     assert saved == 3 * out + out + statistics + 8 + 2 * 48
     assert helpers.saved_bytes(lambda: attention_packed(qkv)) == 3 * out + out + statistics
+    mask, statistics = torch.randn(48, 48), 2 * 2 * 48 * 4 * 4
+    saved = helpers.saved_bytes(lambda: attention_packed(qkv, attn_mask=mask))
+    assert saved == 3 * out + out + statistics + mask.nbytes
 
 
 def test_saved_tensors_are_those_of_the_caller() -> None:
