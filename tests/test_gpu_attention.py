@@ -377,12 +377,13 @@ def test_one_key_that_outweighs_all_others(head_dim: int) -> None:
     query, key, value = (random(2, 256, 2, head_dim, dtype=FP32) for _ in "qkv")
     query *= 64
     scores = torch.einsum("bmhd,bnhd->bmhn", query.double(), key.double()) * head_dim**-0.5
-    alone = (1 - scores.softmax(-1).amax(-1)) < 1e-9
-    assert 0.2 < alone.double().mean() < 1
+    of_others = 1 - scores.softmax(-1).amax(-1)
+    alone, not_alone = of_others < 1e-9, of_others > 1e-6
+    assert alone.double().mean() > 0.2 and not_alone.double().mean() > 0.2
     attend = partial(ours, dropout_p=P, seed=seed_tensor())
     d_query = with_gradients(attend, query, key, value)[1]
-    assert ((d_query == 0).all(-1) == alone).double().mean() > 0.9
     assert (d_query[alone] == 0).all()
+    assert (d_query[not_alone] != 0).any(-1).all()
 
 
 def padding_masks(length: int) -> dict[str, Tensor]:
