@@ -9,6 +9,7 @@ import torch
 from compiled.variants import Extra, Kernel, Region, Variant
 from fastattn.kernels.attention import attention_backward, attention_forward
 from fastattn.ops.arguments import AttentionArguments
+from fastattn.ops.attention import _results
 
 BATCH, HEADS = 4, 16
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -43,7 +44,7 @@ def variants(
     shape = (BATCH, length) if lengths is None else (BATCH * length,)
     qkv = empty(*shape, 3, HEADS, head_dim, dtype=dtype)
     query, key, value = qkv.unbind(-3)
-    out, d_qkv = torch.empty_like(query), torch.empty_like(qkv)
+    d_qkv = torch.empty_like(qkv)
     cu_seqlens = None if lengths is None else empty(lengths + 1, dtype=torch.int32)
     arguments = AttentionArguments(
         scale=head_dim**-0.5,
@@ -53,14 +54,14 @@ def variants(
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=length,
         max_seqlen_k=length,
+        backend="triton",
         **masks,
     )
+    out, statistics = _results(query, *arguments)
     added = [
         mask is not None and mask.is_floating_point()
         for mask in (arguments.key_padding_mask, arguments.attn_mask)
     ]
-    numbers = 2 if any(added) or dtype == fp32 else 1
-    statistics = empty(numbers, *shape[:-1], HEADS, shape[-1], dtype=fp32)
 
     def forward() -> None:
         attention_forward(query, key, value, arguments, out, statistics)

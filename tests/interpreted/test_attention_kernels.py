@@ -53,8 +53,15 @@ del test_second_derivatives_without_dropout, test_one_tensor_as_query_key_and_va
 
 
 SHARP = "all but one P round to 0 in every row: what is left of dQ is the rounding of delta"
-#: What the kernels do not meet: gradients of 1e-7 beside factors of 1, five times eager's error.
-NOT_YET = {f"test_masks[large finite numbers-{P}-{causal}]": SHARP for causal in (False, True)}
+ROUNDED = "delta is summed from the output, in 16 bits, and no float mask pays for its correction"
+#: What the kernels do not meet: 3x eager's error of gradients that are zero but for rounding.
+NOT_YET = {
+    **{f"test_masks[large finite numbers-{P}-{causal}]": SHARP for causal in (False, True)},
+    **{
+        f"test_one_key_left_of_a_sequence[{dtype}-True-False]": ROUNDED
+        for dtype in (torch.float16, torch.bfloat16)
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -468,9 +475,14 @@ def test_a_single_key(dtype: torch.dtype, lengths: tuple[int, int], dropout_p: f
 
 
 @pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("two_kernels", [False, True])
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
-def test_one_key_left_of_a_sequence(dtype: torch.dtype, is_float: bool) -> None:
-    """Delta is the sum that eager takes, in one kernel (bool) and in two (float), not near it."""
+def test_one_key_left_of_a_sequence(
+    dtype: torch.dtype, two_kernels: bool, is_float: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Delta is the sum that eager takes, not near it; a float mask's gradient needs two kernels."""
+    if two_kernels:
+        monkeypatch.setattr(kernels, "choose_whole_pass", lambda _: None)
     padding = torch.arange(70) >= torch.tensor([[1], [70]])
     inputs = make_inputs(2, 70, 70, head_dim=64, dtype=dtype)
     if is_float:
@@ -1045,6 +1057,39 @@ def test_every_call_has_tiles(major: int, monkeypatch: pytest.MonkeyPatch) -> No
             assert {config.BLOCK_M, config.BLOCK_N} <= {16, 32, 64, 128, 256}
         whole_passes += whole is not None
     assert whole_passes > 0
+
+
+#: The longest backward pass in one kernel: (without a mask of pairs, with one).
+LONGEST = {
+    **{(major, head_dim): (256, 128) for major in (9, 10) for head_dim in (8, 16, 32, 64)},
+    **{(major, head_dim): (128, 128) for major in (9, 10) for head_dim in (40, 80, 96, 128)},
+    **{(major, head_dim): (128, 128) for major in (8, 12) for head_dim in (8, 40, 64)},
+    **{(major, head_dim): (0, 0) for major in (8, 12) for head_dim in (80, 128)},
+    **{(major, 256): (0, 0) for major in (8, 9, 10, 12)},
+}
+
+
+@pytest.mark.parametrize(("major", "head_dim"), LONGEST)
+def test_longest_backward_pass_in_one_kernel(
+    major: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/design.md says; never in fp32."""
+    monkeypatch.setattr(attention_configs, "capability", lambda _: (major, 0))
+
+    def longest(dtype: torch.dtype, has_pair_mask: bool) -> int:
+        call = SimpleNamespace(
+            dtype=dtype, head_dim=head_dim, has_pair_mask=has_pair_mask, device=torch.device("cpu")
+        )
+        lengths = (0, 64, 128, 256, 257)
+        return max(n for n in lengths if n == 0 or fits(call, n))
+
+    def fits(call: SimpleNamespace, length: int) -> bool:
+        call.seqlen_q = call.seqlen_k = length
+        return attention_configs.choose_whole_pass(call) is not None
+
+    for has_pair_mask in (False, True):
+        assert longest(torch.bfloat16, has_pair_mask) == LONGEST[major, head_dim][has_pair_mask]
+        assert longest(torch.float32, has_pair_mask) == 0
 
 
 REFUSED = {
