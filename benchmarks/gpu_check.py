@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build" / "gpu-check"
 OP_NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py"))
 LAYER_TESTS = "test_gpu.py"  # of the whole layer, whatever the ops
+SANITIZED_TESTS = ROOT / "tests" / "test_gpu_layer_norm.py"
 
 GRACE = 3.0  # seconds a step has to write what it knows, once its time is up
 PLOTTING = 30.0  # seconds
@@ -260,11 +261,22 @@ def install_step(python: str) -> Step:
     return Step("install", [*pip, *options], share=1, variables=no_compiler)
 
 
-def build_steps(python: str) -> list[Step]:
-    """The extension, and a report of what there is."""
-    loads = "import sys; from fastattn import extension; sys.exit(extension.why_not())"
+def only_this_gpu() -> dict[str, str]:
+    """Lets nvcc compile for the GPU that is here and no other."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
+
+
+def build_steps(python: str, device: str) -> list[Step]:
+    """The extension, whether it has what the device needs, and a report of what there is."""
+    part = "why_not_cuda" if device == "cuda" else "why_not"
+    loads = f"import sys; from fastattn import extension; sys.exit(extension.{part}())"
+    build = [python, "setup.py", "build_ext", "--inplace"]
     steps = [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], share=60),
+        Step("build", build, share=60, variables=only_this_gpu()),
         Step("extension", [python, "-c", loads], share=20),
         Step("report", [python, "-m", "fastattn"], share=20),
     ]
@@ -279,8 +291,29 @@ def gpu_test_files(ops: Sequence[str] | None) -> list[Path]:
         path
         for path in (ROOT / "tests").rglob("test_*.py")
         if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
-        and (ops is None or path.name == LAYER_TESTS or any(op in path.stem for op in ops))
+        and (ops is None or path.name == LAYER_TESTS or any(concerns(path, op) for op in ops))
     )
+
+
+def concerns(path: Path, op: str) -> bool:
+    """Whether a file of tests is named after an op, or after one that the op contains."""
+    return op in path.stem or path.stem.removeprefix("test_gpu_") in op
+
+
+def sanitizer_steps(python: str, device: str) -> list[Step]:
+    """The CUDA kernels' small calls under NVIDIA's compute-sanitizer, where that works."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None or device != "cuda":
+        return []
+    touch = [python, "-c", "import torch; torch.zeros(1, device='cuda')"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if subprocess.run([sanitizer, *touch], capture_output=True, timeout=60).returncode == 0:
+            calls = ["-m", "pytest", "-q", "-m", "gpu", "-k", "sanitizer", str(SANITIZED_TESTS)]
+            return [
+                Step(tool, [sanitizer, "--tool", tool, "--error-exitcode=9", python, *calls], 15)
+                for tool in ("memcheck", "racecheck")
+            ]
+    return []
 
 
 def gpu_tests(python: str, ops: Sequence[str] | None, scratch: Path) -> list[GpuTests]:
@@ -514,7 +547,8 @@ def check(
         cases = quick_cases(device, ops)
         tests = gpu_tests(python, ops, Path(folder))
         benchmarks = quick_benchmarks(python, device, cases, Path(folder), options)
-        todo = [*build_steps(python), *tests, *benchmarks]
+        sanitized = sanitizer_steps(python, device)
+        todo = [*build_steps(python, device), *tests, *sanitized, *benchmarks]
         run(todo, files.log, deadline)
         steps += todo
         write_tests(files.tests, tests)

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace fastattn {
 
 // As dropout.CONTRACT_VERSION: an extension left over from another version is not used.
@@ -33,9 +35,7 @@ struct TokenShape {
   Grouping grouping;
   int64_t rows, columns;
   int64_t column_offset;     // global number of the first column
-  const int32_t* row_index;  // logical row of each row, or null: a row is its own logical row
-  int64_t period;            // what splits a logical row into position and sequence
-  bool batch_first;
+  TokenMap map;
 };
 
 // out: (batch, heads, seqlen_q, seqlen_k)

@@ -3,12 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "lanes.h"
 #include "parallel.h"
-#include "philox.h"
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "fastattn reads 32-bit words as pairs of 16-bit lanes, low half first: little-endian only"
-#endif
 
 namespace fastattn {
 namespace {
@@ -63,15 +59,6 @@ FASTATTN_INLINE void column_strided_lanes(const PhiloxRun& run, int calls, LaneR
   }
 }
 
-// A call decides eight neighbouring columns.
-FASTATTN_INLINE void adjacent_lanes(const PhiloxRun& run, int calls, LaneRow& row) {
-  for (int call = 0; call < calls; ++call) {
-    for (int word = 0; word < 4; ++word) {
-      std::memcpy(row.lane + 8 * call + 2 * word, run.word[word] + call, 4);
-    }
-  }
-}
-
 // Row groups begin .. end - 1 of batch * heads * groups_per_head. A group is a pair of rows that
 // share their calls: m and m + 8.
 FASTATTN_CLONES
@@ -113,12 +100,7 @@ void token_rows(const Factor& factor, const TokenShape& shape, int64_t begin, in
   PhiloxRun run;
   LaneRow lanes;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t logical = shape.row_index ? shape.row_index[row] : row;
-    const int64_t outer = logical / shape.period, inner = logical % shape.period;
-    const int64_t position = shape.batch_first ? inner : outer;
-    const int64_t sequence = shape.batch_first ? outer : inner;
-    const PhiloxKey key{static_cast<uint32_t>(position), static_cast<uint32_t>(sequence),
-                        factor.site << 16, factor.seed};
+    const PhiloxKey key = token_key(shape.map, row, factor.site, factor.seed);
     for (int64_t column = first_column; column < last_column; column += kRunColumns) {
       const int64_t stop = std::min(last_column, column + kRunColumns);
       const int calls = static_cast<int>((stop - column + block - 1) / block * (block / 8));
@@ -126,7 +108,7 @@ void token_rows(const Factor& factor, const TokenShape& shape, int64_t begin, in
       if (strided) {
         column_strided_lanes(run, calls, lanes);
       } else {
-        adjacent_lanes(run, calls, lanes);
+        adjacent_lanes(run, calls, lanes.lane);
       }
       const int64_t start = std::max(column, shape.column_offset);
       decide(lanes.lane + (start - column), stop - start, factor,
@@ -142,7 +124,7 @@ void attention_factor(const Factor& factor, const AttentionShape& shape) {
   const int64_t elements = heads * shape.seqlen_q * shape.seqlen_k;
   if (elements == 0) return;
   const int64_t groups = heads * ((shape.seqlen_q + 15) / 16 * 8);
-  in_parallel(groups, elements, factor.num_threads, [&](int64_t begin, int64_t end) {
+  in_parallel(groups, elements, factor.num_threads, [&](int64_t begin, int64_t end, int) {
     attention_groups(factor, shape, begin, end);
   });
 }
@@ -150,7 +132,7 @@ void attention_factor(const Factor& factor, const AttentionShape& shape) {
 void token_factor(const Factor& factor, const TokenShape& shape) {
   const int64_t elements = shape.rows * shape.columns;
   if (elements == 0) return;
-  in_parallel(shape.rows, elements, factor.num_threads, [&](int64_t begin, int64_t end) {
+  in_parallel(shape.rows, elements, factor.num_threads, [&](int64_t begin, int64_t end, int) {
     token_rows(factor, shape, begin, end);
   });
 }

@@ -5,6 +5,7 @@
 
 from fastattn.dispatch import available_backends, explain, use_backend
 from fastattn.layers import FusedEncoderLayer
+from fastattn.norms import FusedLayerNorm
 from fastattn.ops.attention import attention, attention_packed
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
@@ -14,6 +15,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "FusedEncoderLayer",
+    "FusedLayerNorm",
     "attention",
     "attention_packed",
     "available_backends",

@@ -24,6 +24,7 @@ def environment() -> dict[str, str]:
         "GPU": device,
         "CPU threads": str(torch.get_num_threads()),
         "C++ extension": extension.why_not() or "built",
+        "CUDA kernels": extension.why_not_cuda() or f"built for {extension.cuda_architectures()}",
         "dropout contract": f"version {dropout.CONTRACT_VERSION}",
     }
 

@@ -48,6 +48,7 @@ class Backend:
 
     functions: Any
     why_not: Callable[..., str | None] = _can_always
+    unasked: str | None = None
 
 
 _registry: dict[str, dict[str, Backend]] = {op: {} for op in BACKENDS}
@@ -71,15 +72,20 @@ class Choice:
 
 
 def register(
-    op: str, backend: str, functions: Any, why_not: Callable[..., str | None] | None = None
+    op: str,
+    backend: str,
+    functions: Any,
+    why_not: Callable[..., str | None] | None = None,
+    unasked: str | None = None,
 ) -> None:
     """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do.
 
     ``functions`` is an object that has them, or the name of a module to import when they first run.
+    ``unasked`` is why the backend, though it can, is taken only where it is asked for by name.
     """
     _known(op, backend)
     _always.clear()
-    _registry[op][backend] = Backend(functions, why_not) if why_not else Backend(functions)
+    _registry[op][backend] = Backend(functions, why_not or _can_always, unasked)
     _registry[op] = {name: _registry[op][name] for name in BACKENDS[op] if name in _registry[op]}
 
 
@@ -145,21 +151,35 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
     taken = _select(op, tensor, backend, **facts)
     if _record is not None:
         better = BACKENDS[op][: BACKENDS[op].index(taken)]
-        asked_for = f"{taken} was asked for"
-        reasons = {n: why_not(op, n, tensor.device, **facts) or asked_for for n in better}
-        note(op, taken, reasons)
+        note(op, taken, {n: _why_passed_over(op, n, taken, tensor.device, facts) for n in better})
     return taken
 
 
-def is_plain_pytorch(device: str, ops: Iterable[str]) -> bool:
-    """Whether every call of ``ops`` on ``device`` takes the ``pytorch`` backend, unasked."""
-    return not _requested and all(_unconditional(op, device) == "pytorch" for op in ops)
+def _why_passed_over(
+    op: str, backend: str, taken: str, device: torch.device, facts: dict[str, Any]
+) -> str:
+    """Why a better ``backend`` than the one taken was not."""
+    reason = why_not(op, backend, device, **facts)
+    return reason or _registry[op][backend].unasked or f"{taken} was asked for"
+
+
+def has_no_gpu_kernels(device: str, ops: Iterable[str]) -> bool:
+    """Whether no call of ``ops`` on ``device`` may take a GPU's kernels, and none was asked for."""
+    return not _requested and all(
+        name in ("cpu", "pytorch") or _DEVICES[name] != device
+        for op in ops
+        for name in _registry[op]
+    )
 
 
 def _unconditional(op: str, device: str) -> str | None:
     """The best backend of ``op`` on ``device``, if it can run every call; None if that depends."""
     if (op, device) not in _always:
-        best = next(name for name in _registry[op] if _DEVICES.get(name, device) == device)
+        best = next(
+            name
+            for name, entry in _registry[op].items()
+            if _DEVICES.get(name, device) == device and entry.unasked is None
+        )
         _always[op, device] = best if _registry[op][best].why_not is _can_always else None
     return _always[op, device]
 
@@ -167,7 +187,11 @@ def _unconditional(op: str, device: str) -> str | None:
 def _select(op: str, tensor: Tensor, backend: str | None, **facts: Any) -> str:
     asked = backend if backend is not None else _requested.get(op)
     if asked is None:
-        return next(n for n in _registry[op] if why_not(op, n, tensor.device, **facts) is None)
+        return next(
+            name
+            for name, entry in _registry[op].items()
+            if entry.unasked is None and why_not(op, name, tensor.device, **facts) is None
+        )
     _known(op, asked)
     reason = why_not(op, asked, tensor.device, **facts)
     if reason is not None:

@@ -24,6 +24,17 @@ ACTIVATION, RESIDUAL = 0, 1
 _BITS_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REMEDY = "install a C++17 compiler and the headers of Python, then install fastattn again"
+_CUDA_REMEDY = "install fastattn again where nvcc works, with FASTATTN_CUDA=1"
+
+
+@lru_cache(maxsize=2)
+def _not_built(part: str) -> str | None:
+    """Why setup.py could not build "C++ extension" or "CUDA kernels", where it recorded that."""
+    status = Path(__file__).with_name("_build_status.txt")
+    if not status.is_file():
+        return None
+    missing, _, reason = status.read_text(encoding="utf-8").strip().partition(": ")
+    return reason if missing == part else None
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -34,9 +45,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
             # An editable installation elsewhere answers for modules that this one lacks.
             raise ModuleNotFoundError("found in another installation", name="fastattn._C")
     except ImportError as error:
-        status = Path(__file__).with_name("_build_status.txt")
-        if status.is_file():
-            failure = status.read_text(encoding="utf-8").strip()
+        failure = _not_built("C++ extension")
+        if failure is not None:
             return None, f"the C++ extension was not built: {failure}; {_REMEDY}"
         if getattr(error, "name", None) == "fastattn._C" and isinstance(error, ModuleNotFoundError):
             return None, f"the C++ extension is not built; {_REMEDY}"
@@ -60,6 +70,29 @@ def available() -> bool:
 def why_not() -> str | None:
     """Why the extension is not available and what to do about it; None where it is available."""
     return _why_not
+
+
+def why_not_cuda() -> str | None:
+    """Why the extension has no CUDA kernels and what to do about it; None where it has them."""
+    if _extension is None:
+        return _why_not
+    if _extension.CUDA_ARCHITECTURES:
+        return None
+    reason = _not_built("CUDA kernels") or "the extension was built without them"
+    return f"the CUDA kernels were not built: {reason}; {_CUDA_REMEDY}"
+
+
+def cuda_architectures() -> str:
+    """What the CUDA kernels are built for, such as "sm_80, sm_90, sm_120 and PTX"."""
+    names = [f"sm_{name}" for name in loaded().CUDA_ARCHITECTURES.split()]
+    return ", ".join(names).replace("+PTX", " and PTX")
+
+
+def loaded() -> ModuleType:
+    """The extension itself, or RuntimeError that says why there is none."""
+    if _extension is None:
+        raise RuntimeError(_why_not)
+    return _extension
 
 
 def attention_factor(
@@ -161,30 +194,6 @@ def add_bias_relu_(x: Tensor, bias: Tensor | None) -> Tensor:
     _check_inference(x, bias)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     _extension.add_bias_relu(x.data_ptr(), _address(bias), rows, columns, torch.get_num_threads())
-    return x
-
-
-def add_layer_norm_(
-    x: Tensor,
-    residual: Tensor,
-    x_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """LN(x + x_bias + residual) * weight + bias over the last dimension, in place of ``x``.
-
-    Args:
-        x, residual: (..., N), of which :func:`runs_inference` is true.
-        x_bias, weight, bias: (N,), likewise, or None.
-        eps: added to the variance.
-    """
-    _check_inference(x, x_bias, weight, bias)
-    if residual.shape != x.shape or not runs_inference(residual):
-        raise ValueError(f"residual must be contiguous fp32 of shape {tuple(x.shape)} on the CPU")
-    addresses = (_address(tensor) for tensor in (x, residual, x_bias, weight, bias))
-    rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    _extension.add_layer_norm(*addresses, eps, rows, columns, torch.get_num_threads())
     return x
 
 

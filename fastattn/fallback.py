@@ -7,11 +7,13 @@ differentiable operations, for ``torch.func``, forward-mode AD and second deriva
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import extension
+from fastattn import dispatch, extension
 from fastattn.masks import Masks
 from fastattn.ops.arguments import AttentionArguments, NormArguments
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
@@ -84,9 +86,10 @@ def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 def _add_norm_in_place(
     branch: Tensor, bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
 ) -> Tensor:
-    affine = (bias, norm.weight, norm.bias)
-    if extension.runs_inference(branch, residual, *affine):
-        return extension.add_layer_norm_(branch, residual, *affine, norm.eps)
+    if extension.available() and branch.device.type == "cpu":
+        arguments = NormArguments(norm.weight, norm.bias, norm.eps, branch.dtype)
+        kernels = dispatch.functions("dropout_add_layer_norm", "cpu")
+        return kernels.add_layer_norm_(branch, bias, residual, arguments)
     return _norm(_add_in_place(branch, bias, residual), norm)
 
 
@@ -506,10 +509,23 @@ def dropout_add_forward(
     return total.to(dtype).contiguous()
 
 
-def dropout_add_backward(grad: Tensor, dtype: torch.dtype, dropout: TokenDropout) -> Tensor:
-    """Gradient of the dropped branch, fresh, in ``dtype``; that of the residual is ``grad``."""
-    factor = dropout.factor(grad, RESIDUAL, accumulation_dtype(grad.dtype))
-    return _fresh(grad, dtype) if factor is None else factor.mul_(grad).to(dtype)
+def dropout_add_backward(
+    grad: Tensor, dtype: torch.dtype, dropout: TokenDropout, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the dropped branch, fresh, in ``dtype``, and of its bias in at least fp32.
+
+    None where not ``wanted``. The gradient of the residual is ``grad``.
+    """
+    wide = accumulation_dtype(grad.dtype)
+    factor = dropout.factor(grad, RESIDUAL, wide)
+    dropped = grad if factor is None else factor.mul_(grad)
+    d_branch = d_bias = None
+    if wanted[0]:
+        d_branch = _fresh(grad, dtype) if factor is None else dropped.to(dtype)
+    if wanted[1]:
+        rows = dropped.reshape(dropped.shape[:-1].numel(), dropped.shape[-1])
+        d_bias = rows.sum(0, dtype=wide)
+    return d_branch, d_bias
 
 
 def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -546,68 +562,105 @@ def layer_norm_forward(input: Tensor, arguments: NormArguments) -> tuple[Tensor,
 
 def layer_norm_backward(
     grad_out: Tensor,
-    input: Tensor,
-    mean: Tensor,
+    saved: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     arguments: NormArguments,
-    wanted: list[bool],
+    save: str,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight, bias; None where not ``wanted``."""
-    wide = accumulation_dtype(input.dtype)
+    """Gradients of input (in ``saved``'s dtype), weight, bias; None where not ``wanted``.
+
+    ``saved`` is the input, or the result where ``save`` is ``"output"``.
+    """
+    wide = rstd.dtype
     weight, bias = (None if x is None else x.to(wide) for x in arguments[:2])
+    input = saved.to(wide)
+    if save == "output":  # the same deviations from a mean of zero
+        input = _normalised(input, weight, bias) / rstd.unsqueeze(-1)
+        mean = torch.zeros_like(rstd)
     grads = aten.native_layer_norm_backward(
         grad_out.to(wide).contiguous(),
-        input.to(wide),
+        input,
         input.shape[-1:],
         mean.unsqueeze(-1),
         rstd.unsqueeze(-1),
         weight,
         bias,
-        wanted,
+        list(wanted),
     )
-    targets = (input, *arguments[:2])
+    targets = (saved, *arguments[:2])
     return tuple(
         None if not want else grad.to(target.dtype)
         for grad, target, want in zip(grads, targets, wanted, strict=True)
     )
 
 
+def _normalised(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a norm's affine map was applied to."""
+    normalised = out if bias is None else out - bias
+    return normalised if weight is None else normalised / weight
+
+
+def dropout_add_layer_norm_forward(
+    input: Tensor,
+    input_bias: Tensor | None,
+    residual: Tensor | None,
+    arguments: NormArguments,
+    dropout: TokenDropout,
+    copy_dtype: torch.dtype | None,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The result, the sum (None unless kept), the copy (None unless wanted), mean and rstd."""
+    total = dropout_add_forward(input, input_bias, residual, dropout)
+    out, mean, rstd = layer_norm_forward(total, arguments)
+    copy = None if copy_dtype is None else out.to(copy_dtype, copy=True)
+    return out, (total if keep_sum else None), copy, mean, rstd
+
+
 def dropout_add_layer_norm_backward(
     grad_out: Tensor | None,
     grad_sum: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
+    grad_copy: Tensor | None,
+    saved: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     arguments: NormArguments,
     input_dtype: torch.dtype,
+    sum_dtype: torch.dtype,
     dropout: TokenDropout,
-    wanted: list[bool],
+    save: str,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the sum, the branch (None where equal), its bias, weight and bias.
+    """Gradients of the sum, the branch, its bias, weight and bias; None where not ``wanted``.
 
-    ``wanted`` is of the branch, its bias, weight and bias.
+    At least one of the three gradients flowing in is there.
     """
-    want_branch, want_input_bias, want_weight, want_bias = wanted
+    want_sum, want_branch, want_input_bias, want_weight, want_bias = wanted
+    grads = [g.to(rstd.dtype) for g in (grad_out, grad_copy) if g is not None]
     d_weight = d_bias = None
-    if grad_out is None:
-        d_sum = total.new_zeros(total.shape) if grad_sum is None else _fresh(grad_sum, total.dtype)
+    if not grads:
+        d_sum = _fresh(grad_sum, sum_dtype)
         d_weight = torch.zeros_like(arguments.weight) if want_weight else None
         d_bias = torch.zeros_like(arguments.bias) if want_bias else None
     else:
         d_sum, d_weight, d_bias = layer_norm_backward(
-            grad_out, total, mean, rstd, arguments, [True, want_weight, want_bias]
+            sum(grads[1:], grads[0]),
+            saved.to(rstd.dtype),
+            mean,
+            rstd,
+            arguments,
+            save,
+            [want_sum or want_branch or want_input_bias, want_weight, want_bias],
         )
-        if grad_sum is not None:
-            d_sum.add_(grad_sum)
-    d_branch = None
-    if dropout.drops or input_dtype != total.dtype:
-        if want_branch or want_input_bias:
-            d_branch = dropout_add_backward(d_sum, input_dtype, dropout)
-    d_input_bias = None
-    if want_input_bias:
-        branch = d_sum if d_branch is None else d_branch
-        d_input_bias = branch.reshape(-1, branch.shape[-1]).sum(0, dtype=mean.dtype)
-    return d_sum, (d_branch if want_branch else None), d_input_bias, d_weight, d_bias
+        if d_sum is not None:
+            d_sum = (d_sum if grad_sum is None else d_sum.add_(grad_sum)).to(sum_dtype)
+    d_branch = d_input_bias = None
+    if want_branch or want_input_bias:
+        d_branch, d_input_bias = dropout_add_backward(
+            d_sum, input_dtype, dropout, (want_branch, want_input_bias)
+        )
+    return (d_sum if want_sum else None), d_branch, d_input_bias, d_weight, d_bias
 
 
 def layer_norm_composite(

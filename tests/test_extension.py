@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dropout, extension
+from fastattn import dropout, dropout_add, extension, extension_norms
+from fastattn.ops.arguments import NormArguments
 
 needs_extension = pytest.mark.skipif(not extension.available(), reason=str(extension.why_not()))
 
@@ -241,7 +242,8 @@ def test_add_layer_norm_is_as_exact_as_torch(shape, affine, threads) -> None:
     exact = reference.layer_norm(branch + residual.double(), weight, bias)
     total = x + residual if x_bias is None else x + x_bias + residual
     theirs = F.layer_norm(total, shape[-1:], weight, bias)
-    out = extension.add_layer_norm_(x, residual, x_bias, weight, bias, 1e-5)
+    norm = NormArguments(weight, bias, 1e-5, torch.float32)
+    out = extension_norms.cpu.add_layer_norm_(x, x_bias, residual, norm)
     assert out is x
     if x.numel():
         error, allowed = ((y.double() - exact).abs().max() for y in (out, theirs))
@@ -261,22 +263,36 @@ def test_add_bias_relu_is_torchs(shape, biased, threads) -> None:
 
 
 @needs_extension
-def test_nan_and_infinity_spread_over_their_row_only() -> None:
-    x = torch.randn(3, 40)
-    x[0, 5], x[1, 7] = float("nan"), float("inf")
-    out = extension.add_layer_norm_(x, torch.zeros(3, 40), None, None, None, 1e-5)
-    assert out[:2].isnan().all()
-    assert out[2].isfinite().all()
-
-
-@needs_extension
 def test_inference_arguments_are_checked() -> None:
     x = torch.randn(4, 8)
-    with pytest.raises(ValueError, match="residual"):
-        extension.add_layer_norm_(x, torch.randn(4, 9), None, None, None, 1e-5)
     for wrong in (torch.randn(7), torch.randn(8).double(), torch.randn(16)[::2]):
         with pytest.raises(ValueError, match="vectors"):
             extension.add_bias_relu_(x, wrong)
     with pytest.raises(ValueError, match="contiguous"):
         extension.add_bias_relu_(torch.randn(8, 4).t(), None)
     assert not extension.runs_inference(x, x.double())
+
+
+def floats_to_round(dtype: torch.dtype) -> Tensor:
+    """fp32 numbers around every value of a 16-bit dtype and halfway between neighbours."""
+    every = torch.arange(2**16).to(torch.uint16).view(dtype).float()
+    neighbour = (torch.arange(2**16) + 1).to(torch.uint16).view(dtype).float()
+    middle = every / 2 + neighbour / 2
+    near = [torch.nextafter(x, torch.tensor(y)) for x in (every, middle) for y in (-1e38, 1e38)]
+    return torch.cat([every, middle, *near])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_are_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    every = torch.arange(2**16).to(torch.uint16).view(dtype).view(16, 4096)
+    again = dropout_add(every, None, backend="cpu")
+    torch.testing.assert_close(again, every, rtol=0, atol=0, equal_nan=True)
+    residual = torch.zeros(16, 4096)
+    widened = dropout_add(every, residual, backend="cpu")
+    torch.testing.assert_close(widened, every.float(), rtol=0, atol=0, equal_nan=True)
+    grads = floats_to_round(dtype)[None]
+    x = torch.zeros_like(grads, dtype=dtype).requires_grad_()
+    total = dropout_add(x, torch.zeros_like(grads), backend="cpu")
+    (narrowed,) = torch.autograd.grad(total, x, grads)
+    torch.testing.assert_close(narrowed, grads.to(dtype), rtol=0, atol=0, equal_nan=True)

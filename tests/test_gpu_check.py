@@ -87,7 +87,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, list
     few = ["--rounds", "2", "--provider", "fastattn", "--mode", "forward+backward"]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(gpu_check, "build_steps", lambda python: [fails])
+        patch.setattr(gpu_check, "build_steps", lambda python, device: [fails])
         patch.setattr(gpu_check, "gpu_test_files", lambda ops: [tests])
         code = gpu_check.check(out, "cpu", ["layer_norm"], 300, few, "python -m this")
     return code, out, printed.getvalue().splitlines()
@@ -267,7 +267,7 @@ def planted_check(out: Path, content: str, patch: pytest.MonkeyPatch) -> tuple[i
         code = f"open({str(scratch / 'results.json')!r}, 'w').write({content!r})"
         return [Benchmark("layer_norm", [sys.executable, "-c", code], 1, folder=scratch)]
 
-    patch.setattr(gpu_check, "build_steps", lambda python: [])
+    patch.setattr(gpu_check, "build_steps", lambda python, device: [])
     patch.setattr(gpu_check, "gpu_test_files", lambda ops: [])
     patch.setattr(gpu_check, "quick_benchmarks", benchmarks)
     patch.setattr(gpu_check, "installed", lambda log, deadline: (sys.executable, []))

@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,18 +26,14 @@ ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "se
 # ------------------------------------------------------------------------- construction and state
 
 
-def test_signatures_extend_torchs():
-    stock = inspect.signature(nn.TransformerEncoderLayer.__init__)
-    assert inspect.signature(FusedEncoderLayer.__init__) == stock
-    theirs = inspect.signature(nn.TransformerEncoderLayer.forward).parameters
-    ours = inspect.signature(FusedEncoderLayer.forward).parameters
-    shared = list(ours.values())[: len(theirs)]
-    assert [(p.name, p.default, p.kind) for p in shared] == [
+@pytest.mark.parametrize(("method", "added"), [("__init__", "save"), ("forward", "seed")])
+def test_signatures_extend_torchs(method, added):
+    theirs = inspect.signature(getattr(nn.TransformerEncoderLayer, method)).parameters
+    ours = list(inspect.signature(getattr(FusedEncoderLayer, method)).parameters.values())
+    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [
         (p.name, p.default, p.kind) for p in theirs.values()
     ]
-    assert [(p.name, p.kind) for p in list(ours.values())[len(theirs) :]] == [
-        ("seed", inspect.Parameter.KEYWORD_ONLY)
-    ]
+    assert (ours[-1].name, ours[-1].kind) == (added, inspect.Parameter.KEYWORD_ONLY)
 
 
 def test_every_constructor_argument_by_position_and_by_keyword():
@@ -587,3 +584,82 @@ def test_gradient_penalty_is_torchs(norm_first):
             gradient.square().sum().backward()
         results.append({name: p.grad for name, p in layer.named_parameters()})
     assert_equal_runs(*results, tolerance=1e-9)
+
+
+# ------------------------------------------------------------------------------ what it keeps
+
+
+@BOTH
+def test_lean_layers_keep_results_of_norms_and_give_the_same(norm_first):
+    stock, layer = pair(norm_first=norm_first)
+    with torch.no_grad():
+        for each in (stock, layer):
+            for norm in (each.norm1, each.norm2):
+                norm.weight.fill_(1.5)
+                norm.bias.fill_(-0.5)
+    src = tokens(3, 9)
+    default = helpers.saved_bytes(lambda: layer(src))
+    expected = gradients(layer, src)
+    layer.save = "lean"
+    assert layer._from_output == {"norm1", "norm2"}
+    assert_equal_runs(gradients(layer, src), expected)
+    assert_equal_runs(gradients(layer, src), gradients(stock, src))
+    kept = []  # the result itself counts: the next layer keeps it
+
+    def run():
+        kept.append(layer(src))
+
+    rows = 3 * 9 * src.itemsize
+    saved = helpers.saved_bytes(run)
+    if norm_first:  # x and the sum of x and the first branch, no more; two means
+        assert saved == default - 2 * rows * WIDTH - 2 * rows
+    else:  # two sums, of which the result takes the place of one
+        assert saved == default - rows * WIDTH - 2 * rows
+
+
+def test_norms_whose_weights_forbid_it_keep_their_sum():
+    layer = FusedEncoderLayer(16, 2, 24, batch_first=True, save="lean")
+    state = {name: x.clone() for name, x in layer.state_dict().items()}
+    state["norm1.weight"][3] = 0
+    layer.load_state_dict(state)
+    assert layer._from_output == {"norm2"}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    layer(torch.randn(2, 5, 16)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert (twin.save, twin._from_output) == ("lean", {"norm2"})
+        twin.load_state_dict(FusedEncoderLayer(16, 2, 24).state_dict())
+        assert twin._from_output == {"norm1", "norm2"}
+    layer.save = "default"
+    assert not layer._from_output
+    with pytest.raises(ValueError, match="save must be one of"):
+        layer.save = "output"
+    with pytest.raises(ValueError, match="save must be one of"):
+        FusedEncoderLayer(16, 2, save="sum")
+
+
+@BOTH
+@pytest.mark.parametrize("save", ["default", "lean"])
+def test_autocast_casts_no_result_of_a_norm_again(norm_first, save):
+    """Products get their input from the norm itself, rounded as autocast would round it."""
+    stock, layer = pair(norm_first=norm_first, dtype=torch.float32, activation="gelu")
+    layer.save = save
+    src = tokens(3, 9, dtype=torch.float32)
+
+    def casts(run):
+        with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
+            run(src)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        return counts.get("aten::_to_copy", 0)
+
+    exact = gradients(copy.deepcopy(stock).double(), src.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = gradients(layer, src), gradients(stock, src)
+    for name, x in ours.items():
+        assert x.dtype == theirs[name].dtype, name
+        error, allowed = ((y[name] - exact[name]).abs().max() for y in (ours, theirs))
+        assert error <= 3 * allowed + 1e-2 * exact[name].abs().max(), name
+    layer.linear1.register_forward_hook(lambda *_: None)  # then a module makes the cast
+    called = casts(layer)
+    layer.linear1._forward_hooks.clear()
+    assert casts(layer) < called

@@ -11,7 +11,7 @@ from fastattn.dropout import draw_seed
 
 from ..cases import Case, Cost, Op, Provider, with_compiled
 from ..naive_dropout import naive_dropout, why_not_naive_dropout
-from .layer_norm import CASES, why_not_liger
+from .layer_norm import CASES, why_not_liger, why_not_triton
 
 
 class Eager(nn.Module):
@@ -46,6 +46,8 @@ class Liger(Eager):
 
 
 class Fastattn(Eager):
+    backend: str | None = None
+
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         return fastattn.dropout_add_layer_norm(
             input,
@@ -55,7 +57,12 @@ class Fastattn(Eager):
             input_bias=self.bias,
             dropout_p=self.p,
             seed=draw_seed(input.device) if self.p else None,
+            backend=self.backend,
         )
+
+
+class FastattnTriton(Fastattn):
+    backend = "triton"
 
 
 def cost(case: Case) -> dict[str, Cost]:
@@ -86,6 +93,7 @@ OP = Op(
         Provider("naive dropout kernel", NaiveDropout, why_not=why_not_naive_dropout),
         Provider("liger", Liger, why_not=why_not_liger),
         *with_compiled(Provider("fastattn", Fastattn)),
+        Provider("fastattn triton", FastattnTriton, why_not=why_not_triton),
     ),
     inputs=inputs,
     cost=cost,

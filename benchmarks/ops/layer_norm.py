@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor, nn
 
 import fastattn
+from fastattn import dispatch
 
 from ..cases import Case, Cost, Op, Provider, with_compiled
 
@@ -19,8 +21,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class FastattnLayerNorm(LayerNorm):
+    backend: str | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return fastattn.layer_norm(input, self.weight, self.bias, self.eps)
+        return fastattn.layer_norm(input, self.weight, self.bias, self.eps, backend=self.backend)
+
+
+class FastattnTriton(FastattnLayerNorm):
+    backend = "triton"
 
 
 class LigerLayerNorm(LayerNorm):
@@ -36,6 +44,11 @@ def why_not_liger(case: Case, device: str) -> str | None:
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     return None
+
+
+def why_not_triton(case: Case, device: str) -> str | None:
+    """Why our Triton kernels are no second to what dispatch chooses here, the CUDA kernels."""
+    return dispatch.why_not("layer_norm", "triton", torch.device(device))
 
 
 def cost(case: Case) -> dict[str, Cost]:
@@ -73,6 +86,7 @@ OP = Op(
         *with_compiled(Provider("eager", LayerNorm)),
         Provider("liger", LigerLayerNorm, why_not=why_not_liger),
         *with_compiled(Provider("fastattn", FastattnLayerNorm)),
+        Provider("fastattn triton", FastattnTriton, why_not=why_not_triton),
     ),
     inputs=lambda case: {"input": (case.batch, case.sequence, case.d_model)},
     cost=cost,

@@ -14,6 +14,8 @@ from fastattn.dropout import check_seed, check_site
 
 _library = torch.library.Library("fastattn", "DEF")
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
 #: The fields of :class:`fastattn.ops.dropout.TokenDropout`, as an op schema declares them.
 TOKEN_DROPOUT = (
     "float dropout_p, Tensor? seed, int site, "
@@ -59,8 +61,10 @@ def transforms_active() -> bool:
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether only plain differentiable PyTorch is right: torch.func or forward-mode AD."""
+    """Whether only plain differentiable PyTorch is right: torch.func, forward-mode AD, DTensors."""
     if torch._C._are_functorch_transforms_active():  # the one question Dynamo understands
+        return True
+    if any(type(x) not in _PLAIN and hasattr(x, "device_mesh") for x in tensors):
         return True
     return forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None
@@ -162,7 +166,7 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
     """Raise unless ``vector`` is None or has one number for each column of ``input``."""
     if vector is None:
         return
-    if vector.shape != input.shape[-1:]:
+    if vector.dim() != 1 or vector.shape[0] != input.shape[-1]:
         raise mismatch(name, f"of shape {tuple(input.shape[-1:])}", vector.shape)
     check_floating(name, vector.dtype)
 

@@ -56,6 +56,11 @@ class TokenDropout(NamedTuple):
         """What a kept element is multiplied by."""
         return dropout.keep_scale(self.dropout_p)
 
+    @property
+    def replays_twister(self) -> bool:
+        """Whether torch's generator decides; then no kernel of ours can."""
+        return _replays_twister(self.seed)
+
     def factor(self, like: Tensor, grouping: int, dtype: torch.dtype) -> Tensor | None:
         """Tensor of ``like``'s shape to multiply by, None where nothing drops."""
         if not self.drops:

@@ -31,14 +31,17 @@ from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
 from fastattn.ops.dropout import TokenDropout, token_dropout
 from fastattn.ops.layer_norm import (
     check_norm,
+    check_save,
+    check_second_order,
     leaves_it_to_torch,
     norm_dtype,
     norm_gradients,
+    register_backends,
     statistics_fake,
 )
 
-#: What dropout_add_layer_norm may keep for backward: the sum before normalisation.
-SAVE_LEVELS = ("sum",)
+#: What dropout_add_layer_norm may keep for backward: the sum before normalisation, or the result.
+SAVE_LEVELS = ("sum", "output")
 
 
 def dropout_add_layer_norm(
@@ -78,7 +81,10 @@ def dropout_add_layer_norm(
             autocast fp32.
         copy_dtype: also return the result in this dtype, for the next matrix product.
         return_sum: also return the sum before normalisation (pre-norm layers).
-        save: what backward keeps; ``"sum"``.
+        save: what backward keeps: ``"sum"``, or ``"output"``, which costs nothing where a linear
+            layer keeps it anyway. Backward then divides by ``weight``, so that must not be close
+            to zero (:func:`fastattn.ops.layer_norm.why_not_from_output`), and there are no second
+            derivatives.
         backend: ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"pytorch"``; None chooses.
 
     Returns:
@@ -92,29 +98,31 @@ def dropout_add_layer_norm(
     check_norm(input, weight, bias, out_dtype)
     _check_branch(input, residual, input_bias)
     check_floating("copy_dtype", copy_dtype)
-    if save not in SAVE_LEVELS:
-        raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
+    check_save(save, SAVE_LEVELS)
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
-    backend = dispatch.choose("dropout_add_layer_norm", input, backend)
     sum_dtype = fallback.sum_dtype(input, residual)
+    backend = dispatch.choose("dropout_add_layer_norm", input, backend, dtype=sum_dtype)
     arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(sum_dtype, input))
-    composite = needs_composite(input, input_bias, residual, weight, bias)
-    if composite or (leaves_it_to_torch(backend, sum_dtype) and not dropout.drops):
+    tensors = (input, input_bias, residual, weight, bias)
+    composite = needs_composite(*tensors)
+    if composite or (leaves_it_to_torch(backend, sum_dtype, save) and not dropout.drops):
         total = _plain_sum(composite, input, input_bias, residual, dropout)
         out = fallback.layer_norm_composite(total, weight, bias, arguments)
         copy = None if copy_dtype is None else out.to(copy_dtype)
     else:
+        for_backward = save == "sum" and torch.is_grad_enabled() and _require_grad(*tensors)
         out, total, copy = apply(
             _DropoutAddLayerNorm,
             return_sum,
+            save,
             input,
             input_bias,
             residual,
             *arguments,
             *dropout,
             copy_dtype,
-            save,
+            return_sum or for_backward,
             backend,
         )
     results = (out, *((total,) if return_sum else ()), *(() if copy_dtype is None else (copy,)))
@@ -144,11 +152,16 @@ def dropout_add(
     _check_branch(input, residual, input_bias)
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
-    backend = dispatch.choose("dropout_add", input, backend)
+    sum_dtype = fallback.sum_dtype(input, residual)
+    backend = dispatch.choose("dropout_add", input, backend, dtype=sum_dtype)
     composite = needs_composite(input, input_bias, residual)
     if composite or (backend == "pytorch" and not dropout.drops):
         return _plain_sum(composite, input, input_bias, residual, dropout)
     return apply(_DropoutAdd, input, input_bias, residual, *dropout, backend)
+
+
+def _require_grad(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _plain_sum(composite: bool, *arguments: Any) -> Tensor:
@@ -170,55 +183,64 @@ def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | N
 # --------------------------------------------------------------------- why not, per backend
 
 for _op in ("dropout_add_layer_norm", "dropout_add"):
-    dispatch.register(_op, "pytorch", fallback)
+    register_backends(_op)
 
 
 # ------------------------------------------------------------- schema, fake, implementation
 
 
+def _or_empty(results: Any, like: Tensor) -> tuple[Tensor, ...]:
+    """What an op returns: an empty tensor for every result that was not wanted."""
+    return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
 def _fused_forward(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
-    *dropout, copy_dtype, save, backend = options
+    *dropout, copy_dtype, keep_sum, backend = options
     functions = dispatch.functions("dropout_add_layer_norm", backend)
-    total = functions.dropout_add_forward(input, input_bias, residual, TokenDropout(*dropout))
-    arguments = NormArguments(weight, bias, eps, out_dtype)
-    out, mean, rstd = functions.layer_norm_forward(total, arguments)
-    copy = out.new_empty(0) if copy_dtype is None else out.to(copy_dtype, copy=True)
-    return out, total, copy, mean, rstd
+    norm = NormArguments(weight, bias, eps, out_dtype)
+    results = functions.dropout_add_layer_norm_forward(
+        input, input_bias, residual, norm, TokenDropout(*dropout), copy_dtype, keep_sum
+    )
+    return _or_empty(results, input)
 
 
 def _fused_fake(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
-    copy_dtype = options[-3]
+    *_, copy_dtype, keep_sum, _ = options
     total = input.new_empty(input.shape, dtype=fallback.sum_dtype(input, residual))
     out = total.new_empty(input.shape, dtype=out_dtype)
-    copy = out.new_empty(0) if copy_dtype is None else out.new_empty(out.shape, dtype=copy_dtype)
-    return out, total, copy, *statistics_fake(total)
+    copy = None if copy_dtype is None else out.new_empty(out.shape, dtype=copy_dtype)
+    results = (out, total if keep_sum else None, copy, *statistics_fake(total))
+    return _or_empty(results, input)
 
 
 def _fused_backward(
-    grad_out, grad_sum, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, *options
-):
+    grad_out, grad_sum, grad_copy, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype,
+    sum_dtype, *options,
+):  # fmt: skip
     *dropout, save, backend, want = options
     functions = dispatch.functions("dropout_add_layer_norm", backend)
-    norm = NormArguments(weight, bias, eps, out_dtype)
     gradients = functions.dropout_add_layer_norm_backward(
-        grad_out, grad_sum, saved, mean, rstd, norm, input_dtype, TokenDropout(*dropout), want
-    )
-    return tuple(saved.new_empty(0) if g is None else g for g in gradients)
+        grad_out, grad_sum, grad_copy, saved, mean, rstd,
+        NormArguments(weight, bias, eps, out_dtype), input_dtype, sum_dtype,
+        TokenDropout(*dropout), save, want,
+    )  # fmt: skip
+    return _or_empty(gradients, saved)
 
 
 def _fused_backward_fake(
-    grad_out, grad_sum, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, *options
-):
-    *dropout, _, _, want = options
-    want_branch, want_bias, want_weight, want_norm_bias = want
-    apart = want_branch and _branch_is_apart(TokenDropout(*dropout), input_dtype, saved)
-    none = saved.new_empty(0)
-    return (
-        saved.new_empty(saved.shape),
-        saved.new_empty(saved.shape, dtype=input_dtype) if apart else none,
-        saved.new_empty(saved.shape[-1:], dtype=mean.dtype) if want_bias else saved.new_empty(0),
-        weight.new_empty(weight.shape) if want_weight else saved.new_empty(0),
-        bias.new_empty(bias.shape) if want_norm_bias else saved.new_empty(0),
+    grad_out, grad_sum, grad_copy, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype,
+    sum_dtype, *options,
+):  # fmt: skip
+    want_sum, want_branch, want_bias, want_weight, want_norm_bias = options[-1]
+    return _or_empty(
+        (
+            saved.new_empty(saved.shape, dtype=sum_dtype) if want_sum else None,
+            saved.new_empty(saved.shape, dtype=input_dtype) if want_branch else None,
+            saved.new_empty(saved.shape[-1:], dtype=rstd.dtype) if want_bias else None,
+            weight.new_empty(weight.shape) if want_weight else None,
+            bias.new_empty(bias.shape) if want_norm_bias else None,
+        ),
+        saved,
     )
 
 
@@ -233,22 +255,32 @@ def _dropout_add_fake(input, input_bias, residual, *options):
 
 
 def _dropout_add_backward(grad, input_dtype, *options):
-    *dropout, backend = options
+    *dropout, backend, want = options
     functions = dispatch.functions("dropout_add", backend)
-    return functions.dropout_add_backward(grad, input_dtype, TokenDropout(*dropout))
+    gradients = functions.dropout_add_backward(grad, input_dtype, TokenDropout(*dropout), want)
+    return _or_empty(gradients, grad)
+
+
+def _dropout_add_backward_fake(grad, input_dtype, *options):
+    want_branch, want_bias = options[-1]
+    wide = fallback.accumulation_dtype(grad.dtype)
+    d_branch = grad.new_empty(grad.shape, dtype=input_dtype) if want_branch else None
+    d_bias = grad.new_empty(grad.shape[-1:], dtype=wide) if want_bias else None
+    return _or_empty((d_branch, d_bias), grad)
 
 
 _fused_forward_op = define(
     "dropout_add_layer_norm_fwd(Tensor input, Tensor? input_bias, Tensor? residual, "
-    f"{NORM_ARGUMENTS}, {TOKEN_DROPOUT}, ScalarType? copy_dtype, str save, str backend) "
+    f"{NORM_ARGUMENTS}, {TOKEN_DROPOUT}, ScalarType? copy_dtype, bool keep_sum, str backend) "
     "-> (Tensor out, Tensor sum, Tensor copy, Tensor mean, Tensor rstd)",
     _fused_forward,
     _fused_fake,
 )
 _fused_backward_op = define(
-    "dropout_add_layer_norm_bwd(Tensor? grad_out, Tensor? grad_sum, Tensor saved, Tensor mean, "
-    f"Tensor rstd, {NORM_ARGUMENTS}, ScalarType input_dtype, {TOKEN_DROPOUT}, str save, "
-    "str backend, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "dropout_add_layer_norm_bwd(Tensor? grad_out, Tensor? grad_sum, Tensor? grad_copy, "
+    f"Tensor saved, Tensor? mean, Tensor rstd, {NORM_ARGUMENTS}, ScalarType input_dtype, "
+    f"ScalarType sum_dtype, {TOKEN_DROPOUT}, str save, str backend, bool[5] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fused_backward,
     _fused_backward_fake,
 )
@@ -259,9 +291,10 @@ _dropout_add_forward_op = define(
     _dropout_add_fake,
 )
 _dropout_add_backward_op = define(
-    f"dropout_add_bwd(Tensor grad, ScalarType input_dtype, {TOKEN_DROPOUT}, str backend) -> Tensor",
+    f"dropout_add_bwd(Tensor grad, ScalarType input_dtype, {TOKEN_DROPOUT}, str backend, "
+    "bool[2] wanted) -> (Tensor, Tensor)",
     _dropout_add_backward,
-    lambda grad, input_dtype, *options: grad.new_empty(grad.shape, dtype=input_dtype),
+    _dropout_add_backward_fake,
 )
 
 
@@ -272,38 +305,54 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     """The sum is an output even if unused: so it links second derivatives to the inputs."""
 
     @staticmethod
-    def forward(ctx, return_sum, input, input_bias, residual, weight, bias, *options):
+    def forward(ctx, return_sum, save, input, input_bias, residual, weight, bias, *options):
         out, total, copy, mean, rstd = _fused_forward_op(
             input, input_bias, residual, weight, bias, *options
         )
-        remember(ctx, (total, mean, rstd, weight, bias), options)
+        saved = (out, None) if save == "output" else (total, mean)
+        remember(ctx, (*saved, rstd, weight, bias), options)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
-        ctx.return_sum = return_sum
+        ctx.sum_dtype = fallback.sum_dtype(input, residual)
+        ctx.return_sum, ctx.save = return_sum, save
         ctx.set_materialize_grads(False)
-        if options[-3] is None:
-            ctx.mark_non_differentiable(copy)
+        *_, copy_dtype, keep_sum, _ = options
+        unused = [
+            x for x, there in ((total, keep_sum), (copy, copy_dtype is not None)) if not there
+        ]
+        ctx.mark_non_differentiable(*unused)
         return out, total, copy
 
     @staticmethod
     def backward(ctx, grad_out, grad_sum, grad_copy):
-        (total, mean, rstd, weight, bias), options = recall(ctx)
-        eps, out_dtype, *dropout, copy_dtype, save, backend = options
+        (saved, mean, rstd, weight, bias), options = recall(ctx)
+        eps, out_dtype, *dropout, copy_dtype, _, backend = options
         input_dtype, bias_dtype, residual_dtype = ctx.dtypes
         if torch.compiler.is_compiling() and not ctx.return_sum:
             grad_sum = None  # a compiler fills in zeros for outputs that nobody used
-        if copy_dtype is not None:
-            grad_out = _sum_of(grad_out, grad_copy, out_dtype)
-        wanted = ctx.needs_input_grad[1:6]
+        if copy_dtype is None:
+            grad_copy = None
+        if grad_out is None and grad_sum is None and grad_copy is None:
+            return None, None, *(None,) * (5 + len(options))
+        wanted = ctx.needs_input_grad[2:7]
+        want_branch, want_input_bias, want_residual, *want_affine = wanted
+        apart = _branch_is_apart(TokenDropout(*dropout), input_dtype, ctx.sum_dtype)
         if wants_second_order():
+            check_second_order(ctx.save)
             norm = (weight, bias, eps, out_dtype)
             d_sum, d_branch, d_input_bias, *d_affine = _second_order(
-                grad_out, grad_sum, total, norm, input_dtype, TokenDropout(*dropout)
+                _sum_of(grad_out, grad_copy, out_dtype),
+                grad_sum,
+                saved,
+                norm,
+                input_dtype,
+                TokenDropout(*dropout),
             )
         else:
             d_sum, d_branch, d_input_bias, *d_affine = _fused_backward_op(
                 grad_out,
                 grad_sum,
-                total,
+                grad_copy,
+                saved,
                 mean,
                 rstd,
                 weight,
@@ -311,20 +360,26 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
                 eps,
                 out_dtype,
                 input_dtype,
+                ctx.sum_dtype,
                 *dropout,
-                save,
+                ctx.save,
                 backend,
-                [wanted[0], wanted[1], wanted[3], wanted[4]],
+                [
+                    want_residual or (want_branch and not apart),
+                    want_branch and apart,
+                    want_input_bias,
+                    *want_affine,
+                ],
             )
-            if not _branch_is_apart(TokenDropout(*dropout), input_dtype, total):
+            if not apart:
                 d_branch = d_sum
         gradients = (
             d_branch,
-            d_input_bias.to(bias_dtype) if wanted[1] else None,
-            d_sum.to(residual_dtype) if wanted[2] else None,
+            d_input_bias.to(bias_dtype) if want_input_bias else None,
+            d_sum.to(residual_dtype) if want_residual else None,
             *d_affine,
         )
-        return None, *wanted_only(gradients, wanted), *(None,) * len(options)
+        return None, None, *wanted_only(gradients, wanted), *(None,) * len(options)
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -339,22 +394,28 @@ class _DropoutAdd(torch.autograd.Function):
         _, options = recall(ctx)
         input_dtype, bias_dtype, residual_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:3]
-        d_input = d_bias = d_residual = None
-        if wanted[0] or wanted[1]:
-            if wants_second_order():
-                d_input = _drop_gradient(grad, input_dtype, TokenDropout(*options[:-1]))
-            else:
-                d_input = _dropout_add_backward_op(grad, input_dtype, *options)
-        if wanted[1]:
-            d_bias = column_sum(d_input, bias_dtype)
-        if wanted[2]:
-            d_residual = grad.to(residual_dtype)
+        want_branch, want_bias, _ = wanted
+        dropout = TokenDropout(*options[:-1])
+        d_input, d_bias = grad, None
+        if wants_second_order():
+            d_input = _drop_gradient(grad, input_dtype, dropout)
+            d_bias = column_sum(d_input, d_input.dtype)
+        else:
+            apart = _branch_is_apart(dropout, input_dtype, grad.dtype)
+            if want_bias or (want_branch and apart):
+                want = [want_branch and apart, want_bias]
+                results = _dropout_add_backward_op(grad, input_dtype, *options, want)
+                d_input, d_bias = results[0] if apart else grad, results[1]
+        d_bias = d_bias.to(bias_dtype) if want_bias else None
+        d_residual = grad.to(residual_dtype) if wanted[2] else None
         return *wanted_only((d_input, d_bias, d_residual), wanted), *(None,) * len(options)
 
 
-def _branch_is_apart(dropout: TokenDropout, input_dtype: torch.dtype, total: Tensor) -> bool:
+def _branch_is_apart(
+    dropout: TokenDropout, input_dtype: torch.dtype, sum_dtype: torch.dtype
+) -> bool:
     """Whether the branch's gradient differs from the sum's; an op's outputs may not alias."""
-    return dropout.drops or input_dtype != total.dtype
+    return dropout.drops or input_dtype != sum_dtype
 
 
 def _sum_of(grad_out: Tensor | None, grad_copy: Tensor | None, dtype: torch.dtype) -> Tensor | None:

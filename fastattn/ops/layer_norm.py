@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, fallback
+from fastattn import dispatch, extension, extension_norms, fallback
 from fastattn.ops._library import (
     apply,
     check_floating,
@@ -13,6 +13,7 @@ from fastattn.ops._library import (
     check_vector,
     define,
     differentiable_gradients,
+    mismatch,
     needs_composite,
     recall,
     remember,
@@ -20,6 +21,9 @@ from fastattn.ops._library import (
     wants_second_order,
 )
 from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
+
+#: What layer_norm may keep for backward.
+SAVE_LEVELS = ("input", "output")
 
 
 def layer_norm(
@@ -29,6 +33,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     out_dtype: torch.dtype | None = None,
+    save: str = "input",
     backend: str | None = None,
 ) -> Tensor:
     """(input - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
@@ -40,6 +45,9 @@ def layer_norm(
         weight, bias: (N,) or None, any floating dtype.
         eps: added to the variance.
         out_dtype: of the result; by default that of ``input``, under CUDA autocast fp32.
+        save: what backward keeps: ``"input"``, or ``"output"``, which costs nothing where a linear
+            layer keeps it anyway. Backward then divides by ``weight``, so that must not be close
+            to zero (:func:`why_not_from_output`), and there are no second derivatives.
         backend: ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"pytorch"``; None chooses.
 
     Raises:
@@ -47,16 +55,50 @@ def layer_norm(
         RuntimeError: the backend asked for cannot run this call.
     """
     check_norm(input, weight, bias, out_dtype)
-    backend = dispatch.choose("layer_norm", input, backend)
-    arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(input.dtype, input))
-    if leaves_it_to_torch(backend, input.dtype) or needs_composite(input, weight, bias):
+    check_save(save, SAVE_LEVELS)
+    backend = dispatch.choose("layer_norm", input, backend, dtype=input.dtype)
+    out_dtype = out_dtype or norm_dtype(input.dtype, input)
+    if backend == "pytorch" and save == "input" and out_dtype == input.dtype:
+        if all(x is None or x.dtype == out_dtype for x in (weight, bias)):
+            return torch.layer_norm(input, input.shape[-1:], weight, bias, eps)
+    arguments = NormArguments(weight, bias, eps, out_dtype)
+    to_torch = leaves_it_to_torch(backend, input.dtype, save)
+    if to_torch or needs_composite(input, weight, bias):
         return fallback.layer_norm_composite(input, weight, bias, arguments)
-    return apply(_LayerNorm, input, *arguments, backend)
+    return apply(_LayerNorm, input, *arguments, save, backend)
 
 
-def leaves_it_to_torch(backend: str, dtype: torch.dtype) -> bool:
+def why_not_from_output(weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why a norm's backward should not start from its result (``save="output"``); None if it may.
+
+    The result is rounded to its dtype, and backward divides its deviation from ``bias`` by
+    ``weight``. So rounding errors grow by 1 + ``|bias / weight|``, which must stay below 3. Reads
+    the parameters: on a GPU that waits for the device.
+    """
+    if weight is None or weight.is_meta:
+        return None
+    size = weight.detach().abs()
+    if not bool((size >= MIN_WEIGHT).all()):
+        return f"a weight is smaller than {MIN_WEIGHT} (or not a number)"
+    if bias is not None and not bool((bias.detach().abs() <= 2 * size).all()):
+        return "a bias is more than twice its weight (or not a number)"
+    return None
+
+
+#: Weights below it would take a result in fp16 to subnormal numbers.
+MIN_WEIGHT = 2.0**-10
+
+
+def check_save(save: str, levels: tuple[str, ...]) -> None:
+    """Raise unless ``save`` is one of ``levels``."""
+    if save not in levels:
+        raise mismatch("save", f"one of {levels}", repr(save))
+
+
+def leaves_it_to_torch(backend: str, dtype: torch.dtype, save: str) -> bool:
     """Whether torch's own autograd is the backend: in half precision it would keep fp32 copies."""
-    return backend == "pytorch" and dtype == fallback.accumulation_dtype(dtype)
+    exact = dtype == fallback.accumulation_dtype(dtype)
+    return backend == "pytorch" and exact and save != "output"
 
 
 def norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
@@ -78,7 +120,38 @@ def check_norm(
 
 # --------------------------------------------------------------------- why not, per backend
 
-dispatch.register("layer_norm", "pytorch", fallback)
+
+def why_not_cuda(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why the extension's CUDA kernels cannot normalise ``dtype``."""
+    if dtype == torch.float64:
+        return "has no kernels for float64"
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+    if capability < (8, 0):
+        return "needs compute capability 8.0 or higher, not {}.{}".format(*capability)
+    return extension.why_not_cuda()
+
+
+def why_not_cpu(**facts: object) -> str | None:
+    """Why the extension's C++ kernels cannot run."""
+    return extension.why_not()
+
+
+def why_not_triton(device: torch.device, **facts: object) -> str | None:
+    """Why the Triton kernels cannot run."""
+    return dispatch.why_not_triton(device)
+
+
+def register_backends(op: str, cpu_unasked: str | None = None) -> None:
+    """The same four for every op with a norm or a residual sum."""
+    dispatch.register(op, "cuda", extension_norms.cuda, why_not_cuda)
+    always = extension.available()
+    why_not = None if always else why_not_cpu
+    dispatch.register(op, "cpu", extension_norms.cpu, why_not, cpu_unasked)
+    dispatch.register(op, "triton", "fastattn.kernels.layer_norm", why_not_triton)
+    dispatch.register(op, "pytorch", fallback)
+
+
+register_backends("layer_norm", cpu_unasked="torch's own kernel is at least as fast on a CPU")
 
 
 # ------------------------------------------------------------- schema, fake, implementation
@@ -99,17 +172,17 @@ def _forward_fake(input, weight, bias, eps, out_dtype, backend):
     return input.new_empty(input.shape, dtype=out_dtype), *statistics_fake(input)
 
 
-def _backward(grad_out, input, mean, rstd, weight, bias, eps, out_dtype, backend, want):
+def _backward(grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, save, backend, want):
     functions = dispatch.functions("layer_norm", backend)
     arguments = NormArguments(weight, bias, eps, out_dtype)
-    gradients = functions.layer_norm_backward(grad_out, input, mean, rstd, arguments, want)
-    return tuple(input.new_empty(0) if g is None else g for g in gradients)
+    gradients = functions.layer_norm_backward(grad_out, saved, mean, rstd, arguments, save, want)
+    return tuple(saved.new_empty(0) if g is None else g for g in gradients)
 
 
-def _backward_fake(grad_out, input, mean, rstd, weight, bias, eps, out_dtype, backend, want):
+def _backward_fake(grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, save, backend, want):
     return tuple(
-        x.new_empty(x.shape) if wanted else input.new_empty(0)
-        for x, wanted in zip((input, weight, bias), want, strict=True)
+        x.new_empty(x.shape) if wanted else saved.new_empty(0)
+        for x, wanted in zip((saved, weight, bias), want, strict=True)
     )
 
 
@@ -120,8 +193,8 @@ _forward_op = define(
     _forward_fake,
 )
 _backward_op = define(
-    f"layer_norm_bwd(Tensor grad_out, Tensor input, Tensor mean, Tensor rstd, {NORM_ARGUMENTS}, "
-    "str backend, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    f"layer_norm_bwd(Tensor grad_out, Tensor saved, Tensor? mean, Tensor rstd, {NORM_ARGUMENTS}, "
+    "str save, str backend, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -132,21 +205,32 @@ _backward_op = define(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, *options):
-        out, mean, rstd = _forward_op(input, weight, bias, *options)
-        remember(ctx, (input, weight, bias, mean, rstd), options)
+    def forward(ctx, input, weight, bias, eps, out_dtype, save, backend):
+        out, mean, rstd = _forward_op(input, weight, bias, eps, out_dtype, backend)
+        saved = (out, None) if save == "output" else (input, mean)
+        remember(ctx, (weight, bias, *saved, rstd), (eps, out_dtype, save, backend))
+        ctx.input_dtype = input.dtype
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        (*inputs, mean, rstd), options = recall(ctx)
+        (weight, bias, saved, mean, rstd), options = recall(ctx)
+        eps, out_dtype, save, _ = options
         wanted = list(ctx.needs_input_grad[:3])
         if wants_second_order():
-            gradients = norm_gradients(inputs, *options[:2], grad_out)
+            check_second_order(save)
+            gradients = norm_gradients([saved, weight, bias], eps, out_dtype, grad_out)
         else:
-            input, weight, bias = inputs
-            gradients = _backward_op(grad_out, input, mean, rstd, weight, bias, *options, wanted)
-        return *wanted_only(gradients, wanted), *(None,) * len(options)
+            gradients = _backward_op(grad_out, saved, mean, rstd, weight, bias, *options, wanted)
+        d_input, *d_affine = gradients
+        d_input = d_input.to(ctx.input_dtype) if wanted[0] else None
+        return *wanted_only((d_input, *d_affine), wanted), *(None,) * len(options)
+
+
+def check_second_order(save: str) -> None:
+    """Raise if the inputs of a norm, which second derivatives lead back to, were not kept."""
+    if save == "output":
+        raise RuntimeError('second derivatives of a norm need its input: do not pass save="output"')
 
 
 def norm_gradients(

@@ -88,3 +88,22 @@ def activation_words(seed, site, position, sequence, group):
     Group 8 b + j, with j < 8, decides the columns 64 b + j + 8 lane of its row.
     """
     return philox(seed, position, group.to(tl.uint32), sequence, site.to(tl.uint32) * HEADS)
+
+
+@triton.jit
+def residual_words(seed, site, position, sequence, group):
+    """The words that decide a residual branch: group g decides the columns 8 g + lane."""
+    return philox(seed, position, group.to(tl.uint32), sequence, site.to(tl.uint32) * HEADS)
+
+
+@triton.jit
+def lanes_kept(words, lane, threshold):
+    """Whether each of a tensor of lanes (0 to 7) is kept, as :func:`is_kept`; all three broadcast.
+
+    Where a thread knows its lanes when it is compiled, choosing their words costs nothing.
+    """
+    low = lane % 2 == 0
+    early = tl.where(lane < 2, words[0], words[1])
+    word = tl.where(lane < 4, early, tl.where(lane < 6, words[2], words[3]))
+    half = tl.where(low, LANE, LANE << 16).to(tl.uint32)
+    return (word & half) >= tl.where(low, threshold, threshold << 16).to(tl.uint32)
