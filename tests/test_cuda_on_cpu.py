@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import dispatch, dropout_add, dropout_add_layer_norm, extension, layer_norm
+from fastattn.extension_norms import CudaNormKernels
+
 pybind11 = pytest.importorskip("pybind11", reason="the extension's bindings need pybind11")
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +42,8 @@ SOURCES = (
 )
 MODULE = "fastattn_cuda_on_cpu"
 
-#: For what is tested here. The sanitizer, which also knows misaligned accesses of 16 bytes, ends the
-#: process; ``pytest -s`` shows what it says.
+#: For what is tested here. The sanitizer, which also sees misaligned accesses of 16 bytes, ends
+#: the process; ``pytest -s`` shows what it says.
 CHECKED = (
     *("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -984,3 +988,55 @@ def test_missing_barrier_depends_on_the_order(machine: Machine) -> None:
     finally:
         machine.controls.run_backwards(False)
     assert forwards != reversed_order
+
+
+# ------------------------------------------------------------------------------ the public ops
+
+
+@pytest.fixture
+def cuda_backend(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``cuda`` backend of the ops, on CPU tensors."""
+    monkeypatch.setattr(extension, "_extension", machine.module)
+    monkeypatch.setattr(CudaNormKernels, "_queue", lambda self, like: (0, 0, 3))
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+
+
+@pytest.mark.parametrize("save", ["sum", "output"])
+@pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (f32, f16), (f16, bf16)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 264), (3, 5, 63), (0, 8)], ids=str)
+def test_the_ops_run_the_kernels(cuda_backend: None, shape, dtypes, save: str) -> None:
+    """Every option of the ops, against the PyTorch backend."""
+    rows = make_inputs(math.prod(shape[:-1]), shape[-1], *dtypes)
+    inputs = {name: x if x.dim() == 1 else x.view(shape) for name, x in rows.items()}
+    inputs["weight"] = inputs["weight"].abs() + 1
+    inputs["bias"] = inputs["bias"].clamp(-1, 1)
+    names = {"x": "input", "x_bias": "input_bias"}
+    inputs = {names.get(name, name): x for name, x in inputs.items()}
+    dropping = {"dropout_p": P, "seed": torch.tensor([SEED]), "site": SITE, "batch_first": False}
+
+    def all_ops(backend: str, input: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
+        affine = {name: others[name] for name in ("weight", "bias")}
+        options = {**dropping, "backend": backend}
+        fused = dropout_add_layer_norm(
+            input, **others, **options, save=save, return_sum=True, copy_dtype=f16
+        )
+        alone = layer_norm(
+            input, **affine, out_dtype=bf16, save=save.replace("sum", "input"), backend=backend
+        )
+        unaligned = F.pad(others["residual"], (1, 0))[..., 1:]
+        return *fused, alone, dropout_add(input, unaligned, **options)
+
+    found, expected = (
+        helpers.results_of(partial(all_ops, backend), inputs) for backend in ("cuda", "pytorch")
+    )
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype and found[name].shape == x.shape, name
+        if x.numel():  # every gradient comes through results of 16 bits
+            assert (found[name] - x).abs().max() <= 2**-6 * x.abs().max(), name
+
+
+def test_the_ops_refuse_float64(cuda_backend: None) -> None:
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="cuda.*layer_norm.*no kernels for float64"):
+        layer_norm(x, backend="cuda")
+    torch.testing.assert_close(dropout_add(x, x), 2 * x)

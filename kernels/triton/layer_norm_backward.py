@@ -82,6 +82,15 @@ def normalised(saved, mean, rstd, affine, FROM_OUTPUT: tl.constexpr, dtype: tl.c
 
 
 @triton.jit
+def input_gradient(weighted, xhat, rstd, common, slope, TILE: tl.constexpr):
+    """rstd * (g_w - mean(g_w) - xhat * mean(g_w * xhat)), with rstd in the two means already."""
+    d_sum = rstd * weighted - (common + slope * xhat)
+    if TILE.COLUMNS == 1:
+        d_sum *= 0.0  # what is left of a cancellation that a fused multiply-add rounds once
+    return d_sum
+
+
+@triton.jit
 def sum_rows(tile):
     """The sum of the rows of a tile, as one row [SLICES, WIDTH, 1, LANES]."""
     return tl.sum(tile, 2, keep_dims=True)
@@ -200,7 +209,7 @@ def backward_kernel(
                 affine = affines[c]
             else:
                 affine = affine_tiles(Weight, Bias, column, columns, False, dtype, TILE)
-            d_sum = rstd * (gradients[c] * affine[0]) - (common + slope * xhats[c])
+            d_sum = input_gradient(gradients[c] * affine[0], xhats[c], rstd, common, slope, TILE)
             if dTotal is not None:
                 d_sum += widen(totals[c], dtype)
             d_branch = d_sum
@@ -319,7 +328,7 @@ def wide_backward_kernel(
             affine = affine_tiles(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
             xhat = normalised(saved, mean, rstd, affine, FROM_OUTPUT, dtype)
             weighted = gradient * affine[0]
-            d_sum = rstd * weighted - (common + slope * xhat)
+            d_sum = input_gradient(weighted, xhat, rstd, common, slope, TILE)
             if dTotal is not None:
                 d_sum += widen(load_rows(dTotal, row, d_total_stride, column, columns, TILE), dtype)
             d_branch = d_sum

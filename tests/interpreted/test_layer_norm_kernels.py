@@ -321,6 +321,12 @@ def test_accuracy_of_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) ->
         check(make_inputs(shape))
 
 
+def test_accuracy_of_more_programs_than_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1)
+    monkeypatch.setattr(kernels, "SUM_BYTES", 2 * 32 * 4)  # of two rows; there are three
+    check(make_inputs((101, 96)))
+
+
 LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "strided rows": lambda x: F.pad(x, (0, 24))[..., :40],
