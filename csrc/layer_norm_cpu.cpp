@@ -3,6 +3,7 @@
 // counts for more than the passes over the cache that longer loops would save.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "convert.h"
@@ -165,30 +166,31 @@ FASTATTN_INLINE const uint16_t* decide(const ResidualDropout& dropout, int64_t r
   return lanes;
 }
 
-// One thread's memory: rows of Acc, and lanes.
+// Every thread's memory: rows of Acc, and lanes. What is never touched costs nothing.
 template <typename Acc>
-struct Workspace {
-  std::vector<char> memory;
-  int64_t row_bytes, lane_bytes;
-  int rows;
-
-  Workspace(int rows, int64_t columns, int threads) : rows(rows) {
+class Workspace {
+ public:
+  Workspace(int rows, int64_t columns, int threads)
+      : row_bytes_(padded(columns * sizeof(Acc))), rows_bytes_(rows * row_bytes_) {
     constexpr int64_t kRunColumns = kLanesPerCall * kCallsPerRun;
-    row_bytes = padded(columns * sizeof(Acc));
-    lane_bytes = padded((columns + kRunColumns - 1) / kRunColumns * kRunColumns * 2);
-    memory.resize(threads * per_thread() + kLine);
+    const int64_t runs = (columns + kRunColumns - 1) / kRunColumns;
+    thread_bytes_ = rows_bytes_ + padded(runs * kRunColumns * sizeof(uint16_t));
+    memory_.reset(new char[threads * thread_bytes_ + kLine]);
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    start_ = memory_.get() + (kLine - address % kLine) % kLine;
   }
-  int64_t per_thread() const { return rows * row_bytes + lane_bytes; }
-  char* of_thread(int thread) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (kLine - address % kLine) % kLine + thread * per_thread();
+
+  Acc* row(int thread, int index) const {
+    return reinterpret_cast<Acc*>(start_ + thread * thread_bytes_ + index * row_bytes_);
   }
-  Acc* row(int thread, int index) {
-    return reinterpret_cast<Acc*>(of_thread(thread) + index * row_bytes);
+  uint16_t* lanes(int thread) const {
+    return reinterpret_cast<uint16_t*>(start_ + thread * thread_bytes_ + rows_bytes_);
   }
-  uint16_t* lanes(int thread) {
-    return reinterpret_cast<uint16_t*>(of_thread(thread) + rows * row_bytes);
-  }
+
+ private:
+  int64_t row_bytes_, rows_bytes_, thread_bytes_;
+  std::unique_ptr<char[]> memory_;
+  char* start_;
 };
 
 // -------------------------------------------------------------------------------------- forward
@@ -229,7 +231,7 @@ FASTATTN_INLINE Moments<Acc> moments(const Acc* values, int64_t columns, double 
 }
 
 template <typename Acc>
-FASTATTN_INLINE void forward_rows(const NormForward& a, Workspace<Acc>& workspace, int64_t begin,
+FASTATTN_INLINE void forward_rows(const NormForward& a, const Workspace<Acc>& workspace, int64_t begin,
                                   int64_t end, int thread) {
   const int64_t n = a.columns;
   auto scratch = [&](int index) { return workspace.row(thread, index); };
@@ -276,7 +278,7 @@ FASTATTN_INLINE void forward_rows(const NormForward& a, Workspace<Acc>& workspac
 // ------------------------------------------------------------------------------------- backward
 
 template <typename Acc>
-FASTATTN_INLINE void backward_rows(const NormBackward& a, Workspace<Acc>& workspace, int64_t begin,
+FASTATTN_INLINE void backward_rows(const NormBackward& a, const Workspace<Acc>& workspace, int64_t begin,
                                    int64_t end, int thread) {
   const int64_t n = a.columns;
   auto scratch = [&](int index) { return workspace.row(thread, index); };
@@ -384,32 +386,32 @@ FASTATTN_INLINE void backward_rows(const NormBackward& a, Workspace<Acc>& worksp
 // One compilation for every vector width of each function below.
 
 FASTATTN_CLONES
-void forward_rows_in_float(const NormForward& a, Workspace<float>& workspace, int64_t begin,
+void forward_rows_in_float(const NormForward& a, const Workspace<float>& workspace, int64_t begin,
                            int64_t end, int thread) {
   forward_rows(a, workspace, begin, end, thread);
 }
 
 FASTATTN_CLONES
-void forward_rows_in_double(const NormForward& a, Workspace<double>& workspace, int64_t begin,
+void forward_rows_in_double(const NormForward& a, const Workspace<double>& workspace, int64_t begin,
                             int64_t end, int thread) {
   forward_rows(a, workspace, begin, end, thread);
 }
 
 FASTATTN_CLONES
-void backward_rows_in_float(const NormBackward& a, Workspace<float>& workspace, int64_t begin,
+void backward_rows_in_float(const NormBackward& a, const Workspace<float>& workspace, int64_t begin,
                             int64_t end, int thread) {
   backward_rows(a, workspace, begin, end, thread);
 }
 
 FASTATTN_CLONES
-void backward_rows_in_double(const NormBackward& a, Workspace<double>& workspace, int64_t begin,
+void backward_rows_in_double(const NormBackward& a, const Workspace<double>& workspace, int64_t begin,
                              int64_t end, int thread) {
   backward_rows(a, workspace, begin, end, thread);
 }
 
 template <typename Acc, typename Arguments, typename Run>
 int run_rows(const Arguments& a, int workspace_rows, int num_threads, const Run& run) {
-  Workspace<Acc> workspace(workspace_rows, a.columns, num_threads);
+  const Workspace<Acc> workspace(workspace_rows, a.columns, num_threads);
   return in_parallel(a.rows, a.rows * a.columns, num_threads,
                      [&](int64_t begin, int64_t end, int thread) {
                        run(a, workspace, begin, end, thread);
