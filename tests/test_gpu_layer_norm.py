@@ -71,8 +71,12 @@ def keep_of(shape: tuple[int, ...], p: float = P, batch_first: bool = True) -> T
 # ------------------------------------------------------------------------------------- decisions
 
 
-@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
-@pytest.mark.parametrize("columns", [1, 63, 100, 768, 1000, 1001, 1024, 4096, 8192, 8200])
+# Triton compiles kernels for every width, which takes seconds: not every pair is tested.
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(n, bf16) for n in (1, 63, 100, 768, 1000, 1001, 1024, 4096, 8192, 8200)]
+    + [(1000, fp16), (1000, fp32)],
+)
 def test_the_kernels_keep_exactly_what_the_contract_keeps(backend, columns, dtype) -> None:
     shape = (3, 37, columns)
     for batch_first in (True, False):
@@ -152,11 +156,18 @@ def check(
     )
 
 
-@pytest.mark.parametrize("dtypes", [(fp32, fp32), (bf16, bf16), (fp16, fp16), (bf16, fp32)])
 @pytest.mark.parametrize(
-    "shape",
-    [(3, 37, 1), (3, 37, 63), (5, 200, 256), (4, 300, 768), (5, 70, 1000), (40, 512, 1024)]
-    + [(3, 20, 4097), (7, 100, 8192), (3, 8200), (2, 65536), (2, 65535)],
+    ("shape", "dtypes"),
+    [
+        (shape, (bf16, bf16))
+        for shape in ((3, 37, 1), (3, 37, 63), (5, 200, 256), (4, 300, 768), (40, 512, 1024))
+        + ((5, 70, 1000), (3, 20, 4097), (7, 100, 8192), (3, 8200), (2, 65536), (2, 65535))
+    ]
+    + [
+        (shape, dtypes)
+        for shape in ((3, 37, 1), (40, 512, 1024), (7, 100, 8192), (2, 65535))
+        for dtypes in ((fp32, fp32), (fp16, fp16), (bf16, fp32))
+    ],
 )
 def test_the_kernels_are_as_accurate_as_eager(backend, shape, dtypes) -> None:
     """Shapes with more rows than programs among them."""
@@ -164,7 +175,7 @@ def test_the_kernels_are_as_accurate_as_eager(backend, shape, dtypes) -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(fp32, fp32), (bf16, bf16), (bf16, fp32)])
-@pytest.mark.parametrize("columns", [768, 1024, 8192, 8200])
+@pytest.mark.parametrize("columns", [1024, 8200])
 def test_backward_from_the_result(backend, columns, dtypes) -> None:
     """It starts from a rounded result, so it is held against backward from the sum."""
     inputs = make_inputs((3, 100, columns), *dtypes)
