@@ -6,7 +6,7 @@ MSVC, setuptools builds the C++ part alone. Neither torch nor a GPU nor its driv
 is missing, and why, is left in ``fastattn/_build_status.txt`` for fastattn/extension.py.
 
 FASTATTN_CUDA         auto (the default): with CUDA where nvcc works; 0: without; 1: with, or fail
-TORCH_CUDA_ARCH_LIST  as in torch: "8.0;9.0a;12.0+PTX"; those before 8.0 are left out
+TORCH_CUDA_ARCH_LIST  numbers, as torch takes them: "8.0;9.0a;12.0+PTX"; from 8.0 on
 MAX_JOBS              how many compilers run at once, and threads of nvcc
 """
 
@@ -72,9 +72,10 @@ def find(program: str, *folders: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join(folders))
 
 
-def output_of(command: list[str]) -> str:
+def output_of(command: list[str], environment: dict[str, str] | None = None) -> str:
     """What a program prints; where it fails, or a compiler that ninja starts, the first error."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env=environment, **pipes)
     if done.returncode == 0:
         return done.stdout
     print(done.stdout, flush=True)
@@ -124,8 +125,11 @@ class BuildWhatCanBeBuilt(build_ext):
     def run(self) -> None:
         self.cuda = setting("FASTATTN_CUDA", "auto|0|1", "auto, 0 or 1")
         self.jobs = setting("MAX_JOBS", r"0*[1-9]\d*", "a positive integer")
-        versions = r"(\d+\.\d[af]?(\+PTX)?([;\s]+|$))+"
-        self.wanted = setting("TORCH_CUDA_ARCH_LIST", versions, "a list like '8.0;9.0a;12.0+PTX'")
+        self.wanted = ""
+        if self.cuda != "0":
+            versions = r"(\d+\.\d[af]?(\+PTX)?([;\s]+|$))+"
+            like = "a list of numbers like '8.0;9.0a;12.0+PTX'"
+            self.wanted = setting("TORCH_CUDA_ARCH_LIST", versions, like)
         self.missing: str | None = None
         built = Path(self.build_lib, self.get_ext_filename(EXTENSION.name))
         library = Path(self.get_ext_fullpath(EXTENSION.name))  # among the sources if editable
@@ -191,8 +195,7 @@ class BuildWhatCanBeBuilt(build_ext):
         if nvcc:
             names = " ".join(architectures)
             bindings += ["-DFASTATTN_WITH_CUDA", f'-DFASTATTN_CUDA_ARCHITECTURES="{names}"']
-            threads = self.jobs or "0"  # 0: as many as there are cores
-            gpu = [nvcc, *NVCC_FLAGS, *code_flags(architectures), f"--threads={threads}"]
+            gpu = [nvcc, *NVCC_FLAGS, *code_flags(architectures)]
             libraries = [*self.openmp, *library_folders(nvcc), *CUDA_RUNTIME]
         folder = Path("build", f"{sys.implementation.cache_tag}-{self.plat_name}")
         kind = "with_cuda" if nvcc else "without_cuda"
@@ -212,7 +215,10 @@ class BuildWhatCanBeBuilt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(text, encoding="utf-8")
         jobs = [f"-j{self.jobs}"] if self.jobs else []
-        print(output_of([self.ninja, "-f", f"{folder}/build.ninja", *jobs]), end="", flush=True)
+        # Not in the command, so that another number compiles nothing again; 0: one for each core.
+        threads = {"NVCC_APPEND_FLAGS": f"--threads={self.jobs or 0}", **os.environ}
+        command = [self.ninja, "-f", f"{folder}/build.ninja", *jobs]
+        print(output_of(command, threads), end="", flush=True)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / f"{kind}.so", library)

@@ -142,6 +142,10 @@ PYBIND11_MODULE(FASTATTN_MODULE, m) {
   m.attr("CUDA_ARCHITECTURES") = FASTATTN_CUDA_ARCHITECTURES;
   m.def("norm_forward_cuda", described(norm_forward_of, fastattn::norm_forward_cuda, Queue{}));
   m.def("norm_backward_cuda", described(norm_backward_of, fastattn::norm_backward_cuda, Queue{}));
+  m.def("cuda_versions", [] {
+    const fastattn::CudaVersions versions = fastattn::cuda_versions();
+    return py::make_tuple(versions.driver, versions.runtime);
+  });
   m.def("norm_partial_rows_cuda", [](int64_t rows, int64_t columns, const QueueTuple& queue) {
     return fastattn::norm_partial_rows_cuda(rows, columns, Queue{}(queue));
   });

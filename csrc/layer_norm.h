@@ -52,8 +52,8 @@ struct NormForward {
 // With g = grad_out + grad_copy and xhat the normalised sum:
 //   d_sum = rstd * (weight g - mean(weight g) - xhat * mean(weight g xhat)) + grad_sum
 //   d_branch = dropout(d_sum), d_weight = sum(g xhat), d_bias = sum(g), d_x_bias = sum(d_branch)
-// Without grad_out and grad_copy there is no norm: d_sum = grad_sum, and nothing comes of weight and
-// bias. One of the three gradients is there.
+// Without grad_out and grad_copy there is no norm: d_sum = grad_sum, and d_weight and d_bias are
+// zero. One of the three gradients is there.
 struct NormBackward {
   Rows grad_out, grad_copy, grad_sum;
   Rows saved;        // the sum, or the result: then xhat = (out - bias) / weight
@@ -81,6 +81,13 @@ struct CudaQueue {
   void* stream;         // cudaStream_t
   int multiprocessors;  // of the device
 };
+
+// Of CUDA: what the driver supports (0: no driver) and what these kernels were built with, such as
+// 13000.
+struct CudaVersions {
+  int driver, runtime;
+};
+CudaVersions cuda_versions();
 
 // The partial_rows that backward wants.
 int64_t norm_partial_rows_cuda(int64_t rows, int64_t columns, const CudaQueue& queue);

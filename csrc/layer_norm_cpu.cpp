@@ -1,6 +1,6 @@
 // Rows are converted to Acc, float or double, into a thread's workspace, and stay in its L1 cache
-// from then on. Each loop over columns does one thing, which a compiler turns into vector code: that
-// counts for more than the passes over the cache that longer loops would save.
+// from then on. Each loop over columns does one thing, which a compiler turns into vector code:
+// that counts for more than the passes over the cache that longer loops would save.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -231,8 +231,8 @@ FASTATTN_INLINE Moments<Acc> moments(const Acc* values, int64_t columns, double 
 }
 
 template <typename Acc>
-FASTATTN_INLINE void forward_rows(const NormForward& a, const Workspace<Acc>& workspace, int64_t begin,
-                                  int64_t end, int thread) {
+FASTATTN_INLINE void forward_rows(const NormForward& a, const Workspace<Acc>& workspace,
+                                  int64_t begin, int64_t end, int thread) {
   const int64_t n = a.columns;
   auto scratch = [&](int index) { return workspace.row(thread, index); };
   const Acc* x_bias = read(a.x_bias, n, scratch(0));
@@ -278,8 +278,8 @@ FASTATTN_INLINE void forward_rows(const NormForward& a, const Workspace<Acc>& wo
 // ------------------------------------------------------------------------------------- backward
 
 template <typename Acc>
-FASTATTN_INLINE void backward_rows(const NormBackward& a, const Workspace<Acc>& workspace, int64_t begin,
-                                   int64_t end, int thread) {
+FASTATTN_INLINE void backward_rows(const NormBackward& a, const Workspace<Acc>& workspace,
+                                   int64_t begin, int64_t end, int thread) {
   const int64_t n = a.columns;
   auto scratch = [&](int index) { return workspace.row(thread, index); };
   const bool has_norm = a.grad_out.data || a.grad_copy.data;
@@ -404,8 +404,8 @@ void backward_rows_in_float(const NormBackward& a, const Workspace<float>& works
 }
 
 FASTATTN_CLONES
-void backward_rows_in_double(const NormBackward& a, const Workspace<double>& workspace, int64_t begin,
-                             int64_t end, int thread) {
+void backward_rows_in_double(const NormBackward& a, const Workspace<double>& workspace,
+                             int64_t begin, int64_t end, int thread) {
   backward_rows(a, workspace, begin, end, thread);
 }
 

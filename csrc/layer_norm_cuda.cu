@@ -19,14 +19,18 @@ class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
     check(cudaGetDevice(&previous_));
-    if (device != previous_) check(cudaSetDevice(device));
+    changed_ = device != previous_;
+    if (changed_) check(cudaSetDevice(device));
   }
-  ~CurrentDevice() { cudaSetDevice(previous_); }
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(previous_);
+  }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -216,6 +220,12 @@ BackwardKernel branch_kernel(const NormBackward& a) {
 }
 
 }  // namespace
+
+CudaVersions cuda_versions() {
+  CudaVersions versions{0, CUDART_VERSION};
+  check(cudaDriverGetVersion(&versions.driver));
+  return versions;
+}
 
 int64_t norm_partial_rows_cuda(int64_t rows, int64_t columns, const CudaQueue& queue) {
   if (columns == 0) return 0;

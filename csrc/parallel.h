@@ -19,11 +19,12 @@ namespace fastattn {
 // Below this many elements waking other threads costs more than they save.
 constexpr int64_t kSingleThreadElements = 1 << 15;
 
-// Calls work(begin, end, share) on one even share of 0 .. count - 1 per thread, and returns how many
-// shares there were: at most num_threads. A team is either whole or one thread: resizing it would
-// cost the caller's next parallel region its threads.
+// Calls work(begin, end, share) on one even share of 0 .. count - 1 per thread, and returns how
+// many shares there were: at most num_threads. A team is either whole or one thread: resizing it
+// would cost the caller's next parallel region its threads.
 template <typename Work>
-int in_parallel(int64_t count, int64_t elements, int num_threads, const Work& work) {
+int in_parallel(int64_t count, [[maybe_unused]] int64_t elements,
+                [[maybe_unused]] int num_threads, const Work& work) {
 #if defined(_OPENMP)
   if (num_threads > 1 && elements > kSingleThreadElements && !omp_in_parallel()) {
     int shares = 1;

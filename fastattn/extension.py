@@ -72,14 +72,49 @@ def why_not() -> str | None:
     return _why_not
 
 
-def why_not_cuda() -> str | None:
-    """Why the extension has no CUDA kernels and what to do about it; None where it has them."""
+def why_not_cuda(device: torch.device | None = None) -> str | None:
+    """Why the extension's CUDA kernels cannot run, and what to do about it; None where they can.
+
+    Args:
+        device: a CUDA device that they must be built for; None asks whether there are any.
+    """
     if _extension is None:
         return _why_not
-    if _extension.CUDA_ARCHITECTURES:
+    if not _extension.CUDA_ARCHITECTURES:
+        reason = _not_built("CUDA kernels") or "the extension was built without them"
+        return f"the CUDA kernels were not built: {reason}; {_CUDA_REMEDY}"
+    if device is None or not torch.cuda.is_available():
         return None
-    reason = _not_built("CUDA kernels") or "the extension was built without them"
-    return f"the CUDA kernels were not built: {reason}; {_CUDA_REMEDY}"
+    return _why_not_on(torch.cuda.get_device_capability(device))
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+why_not_cuda._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=16)
+def _why_not_on(capability: tuple[int, int]) -> str | None:
+    """Why kernels of the architectures that were built do not run on a GPU of this capability."""
+    driver, runtime = _extension.cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"built with CUDA {runtime // 1000}, but the driver is of CUDA {driver // 1000}; "
+            f"install a newer driver, or fastattn again where nvcc is of that version"
+        )
+    major, minor = capability
+    for name in _extension.CUDA_ARCHITECTURES.split():
+        number, _, ptx = name.partition("+")
+        built = divmod(int(number.rstrip("af")), 10)
+        if number.endswith("a"):  # for this one architecture
+            runs = built == capability
+        else:  # machine code for later ones of the same generation, PTX for all later ones
+            runs = (built[0] == major and built[1] <= minor) or (ptx and built <= capability)
+        if runs:
+            return None
+    return (
+        f"built for {cuda_architectures()}, not for compute capability {major}.{minor}; "
+        f"install fastattn again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
 
 
 def cuda_architectures() -> str:

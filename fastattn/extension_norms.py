@@ -25,6 +25,9 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 
 class NormKernels:
     """The functions of a backend, on one kind of device."""
 
+    #: Of tensors of any kind.
+    dtypes = frozenset(_TYPES)
+
     #: What the kernels read without a conversion: pairs of dtypes; None where that is everything.
     gradient_pairs: frozenset[tuple[torch.dtype, torch.dtype]] | None = None
 
@@ -289,6 +292,7 @@ class NormKernels:
 class CudaNormKernels(NormKernels):
     """On a CUDA device, in fp16, bf16 and fp32."""
 
+    dtypes = NormKernels.dtypes - {torch.float64}
     gradient_pairs = frozenset(
         pair
         for low in (torch.float16, torch.bfloat16)
@@ -301,10 +305,12 @@ class CudaNormKernels(NormKernels):
     )
 
     def _run_forward(self, like: Tensor, *arguments: Any) -> None:
-        extension.loaded().norm_forward_cuda(*arguments, self._queue(like))
+        with torch.cuda.device_of(like):
+            extension.loaded().norm_forward_cuda(*arguments, self._queue(like))
 
     def _run_backward(self, like: Tensor, *arguments: Any) -> None:
-        extension.loaded().norm_backward_cuda(*arguments, self._queue(like))
+        with torch.cuda.device_of(like):
+            extension.loaded().norm_backward_cuda(*arguments, self._queue(like))
 
     def _partial_rows(self, like: Tensor, rows: int, columns: int) -> int:
         return extension.loaded().norm_partial_rows_cuda(rows, columns, self._queue(like))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import dispatch, dropout, fallback, masks, packing
+from fastattn.norms import FusedLayerNorm
 from fastattn.ops._library import autocast_dtype, transforms_active
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
@@ -72,8 +74,9 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             both norms keep their result, which the linear layers after them keep anyway, instead
             of the sum before it. In 16 bits that is 4 d_model bytes a token less. Backward then
             divides by the norms' weights; whether these allow it is checked where ``save`` is
-            assigned and after ``load_state_dict``, and a norm whose weights do not keeps its sum.
-            There are no second derivatives.
+            assigned and after ``load_state_dict``; a norm whose weights do not keeps its sum, with
+            a warning. Weights that come close to zero later give wrong gradients: assign ``save``
+            again to have them checked. There are no second derivatives.
 
     The other arguments are those of the parent class.
     """
@@ -401,11 +404,15 @@ class _Call:
         norm = getattr(self.layer, name)
         reason = _why_norm_is_module(self.layer, norm)
         if reason is None:
-            save = "output" if name in self.layer._from_output else "input"
+            save = "output" if self.keeps_output(name, norm) else "input"
             affine = (norm.weight, norm.bias, norm.eps)
             return layer_norm(x, *affine, out_dtype=out_dtype, save=save)
         dispatch.note(name, "module", {"fused": reason})
         return norm(x)
+
+    def keeps_output(self, name: str, norm: nn.LayerNorm) -> bool:
+        """Whether backward of a norm starts from its result."""
+        return name in self.layer._from_output or getattr(norm, "keeps_output", False)
 
     def add_norm(
         self,
@@ -438,7 +445,7 @@ class _Call:
             return_sum=want_sum,
             out_dtype=out_dtype,
             copy_dtype=copy_dtype,
-            save="output" if norm_name in self.layer._from_output else "sum",
+            save="output" if self.keeps_output(norm_name, norm) else "sum",
             **options,
         )
         if want_sum:
@@ -503,13 +510,13 @@ def _kind(x: object) -> str:
 #: The ops of a layer, and its parts besides attention and activation where nothing wraps them.
 _OPS = ("attention_packed", "dropout_add_layer_norm", "dropout_add", "feed_forward", "layer_norm")
 _PARTS = {
-    "linear1": nn.Linear,
-    "dropout": nn.Dropout,
-    "linear2": nn.Linear,
-    "norm1": nn.LayerNorm,
-    "norm2": nn.LayerNorm,
-    "dropout1": nn.Dropout,
-    "dropout2": nn.Dropout,
+    "linear1": (nn.Linear,),
+    "dropout": (nn.Dropout,),
+    "linear2": (nn.Linear,),
+    "norm1": (nn.LayerNorm, FusedLayerNorm),
+    "norm2": (nn.LayerNorm, FusedLayerNorm),
+    "dropout1": (nn.Dropout,),
+    "dropout2": (nn.Dropout,),
 }
 
 
@@ -525,7 +532,7 @@ def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
         and not transforms_active()
         and dispatch.has_no_gpu_kernels(src.device.type, _OPS)
         and not (_overrides(layer, "_sa_block") or _overrides(layer, "_ff_block"))
-        and all(why_module(parts[name], kind) is None for name, kind in _PARTS.items())
+        and all(why_module(parts[name], *kinds) is None for name, kinds in _PARTS.items())
         and _why_norm_is_module(layer, parts["norm1"]) is None
         and _why_norm_is_module(layer, parts["norm2"]) is None
         and not _drops(layer)
@@ -541,7 +548,7 @@ def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
 
 
 def _why_norm_is_module(layer: FusedEncoderLayer, norm: nn.Module) -> str | None:
-    reason = why_module(norm, nn.LayerNorm)
+    reason = why_module(norm, nn.LayerNorm, FusedLayerNorm)
     if reason is None and norm.normalized_shape != (layer.self_attn.embed_dim,):
         return f"it normalises over {tuple(norm.normalized_shape)}"
     return reason
@@ -578,13 +585,19 @@ def _check_norms(layer: FusedEncoderLayer, incompatible_keys: object = None) -> 
     if layer.save == "default":
         layer._from_output = frozenset()
         return
-    norms = {name: getattr(layer, name) for name in ("norm1", "norm2")}
-    layer._from_output = frozenset(
-        name
-        for name, norm in norms.items()
-        if _why_norm_is_module(layer, norm) is None
-        and why_not_from_output(norm.weight, norm.bias) is None
-    )
+    allowed = []
+    for name in ("norm1", "norm2"):
+        norm = getattr(layer, name)
+        if _why_norm_is_module(layer, norm) is not None:
+            continue
+        reason = why_not_from_output(norm.weight, norm.bias)
+        if reason is None:
+            allowed.append(name)
+        else:
+            warnings.warn(
+                f"{name} keeps its sum for backward, not its result: {reason}", stacklevel=3
+            )
+    layer._from_output = frozenset(allowed)
 
 
 def _overrides(layer: FusedEncoderLayer, method: str) -> bool:

@@ -21,7 +21,8 @@ class FusedLayerNorm(nn.LayerNorm):
         save: what backward keeps: ``"input"``, or ``"output"``, which costs no memory where a
             linear layer that follows keeps it anyway. Backward from the result divides by the
             weight; whether weight and bias allow that is checked where it is selected and after
-            ``load_state_dict``, not in every forward.
+            ``load_state_dict``, not in every forward. Weights that come close to zero later give
+            wrong gradients: assign ``save`` again to have them checked.
 
     Raises:
         ValueError: ``save`` is none of these.
@@ -29,6 +30,8 @@ class FusedLayerNorm(nn.LayerNorm):
     """
 
     _save = "input"
+    #: Whether backward starts from the result: as asked for, where the weights allowed it.
+    keeps_output = False
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class FusedLayerNorm(nn.LayerNorm):
         reason = why_not_from_output(self.weight, self.bias) if level == "output" else None
         if reason is not None:
             raise ValueError(f'save must be "input", not "output": {reason}')
-        self._save = level
+        self._save, self.keeps_output = level, level == "output"
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, (..., *normalized_shape)."""
@@ -69,7 +72,8 @@ class FusedLayerNorm(nn.LayerNorm):
         weight, bias = (
             x if x is None or len(shape) == 1 else x.flatten() for x in (self.weight, self.bias)
         )
-        return layer_norm(rows, weight, bias, self.eps, save=self.save).view(input.shape)
+        save = "output" if self.keeps_output else "input"
+        return layer_norm(rows, weight, bias, self.eps, save=save).view(input.shape)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -79,11 +83,6 @@ class FusedLayerNorm(nn.LayerNorm):
         super()._load_from_state_dict(*arguments, **keywords)
         if self.save == "output":
             reason = why_not_from_output(self.weight, self.bias)
+            self.keeps_output = reason is None
             if reason is not None:
-                self._save = "input"
-                warn_of_input(reason)
-
-
-def warn_of_input(reason: str) -> None:
-    """Say that weights just loaded do not allow backward from the result."""
-    warnings.warn(f"backward now keeps the input of a norm, not its result: {reason}", stacklevel=3)
+                warnings.warn(f"backward keeps the input of a norm: {reason}", stacklevel=2)

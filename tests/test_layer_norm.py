@@ -759,6 +759,7 @@ def test_autocast_changes_no_dtype(dropout_p: float) -> None:
 
 ROWS = torch.arange(6, dtype=torch.int32)
 INTEGERS = torch.zeros(2, 3, 8).int()
+META = torch.zeros(2, 3, 8, device="meta")
 WRONG_ARGUMENTS = {
     "input, integers": (dict(input=INTEGERS), ValueError, "input"),
     "input, no dimension": (dict(input=torch.tensor(1.0)), ValueError, "input"),
@@ -779,11 +780,16 @@ WRONG_ARGUMENTS = {
     "row_period, missing": (dict(row_index=ROWS), ValueError, "row_period"),
     "row_period": (dict(row_period=-3), ValueError, "row_period"),
     "backend": (dict(backend="C++"), ValueError, "backend"),
+    "residual, device": (dict(residual=META), ValueError, "residual"),
+    "input_bias, device": (dict(input_bias=META[0, 0]), ValueError, "input_bias"),
+    "row_index, device": (dict(row_index=ROWS.to("meta"), row_period=3), ValueError, "row_index"),
 }
 WRONG_NORM_ARGUMENTS = {
     "weight, shape": (dict(weight=torch.zeros(7)), "weight"),
     "weight, integers": (dict(weight=INTEGERS[0, 0]), "weight"),
     "bias, shape": (dict(bias=torch.zeros(2, 8)), "bias"),
+    "weight, device": (dict(weight=META[0, 0]), "weight"),
+    "bias, device": (dict(bias=META[0, 0]), "bias"),
     "out_dtype": (dict(out_dtype=torch.int32), "out_dtype"),
     "backend": (dict(backend=""), "backend"),
 }
@@ -816,6 +822,28 @@ def test_wrong_arguments_of_the_fused_op_are_named() -> None:
         layer_norm(x, save="sum")
     with pytest.raises(ValueError, match=r"\bcopy_dtype\b"):
         dropout_add_layer_norm(x, x, copy_dtype=torch.int8)
+
+
+@needs_extension
+def test_a_dtype_without_kernels_takes_another_backend() -> None:
+    x, eight = torch.randn(2, 3, 8), torch.float8_e4m3fn
+    with pytest.raises(RuntimeError, match="cpu.*no kernels for float8_e4m3fn"):
+        dropout_add_layer_norm(x, x, copy_dtype=eight, backend="cpu")
+    out, copy = dropout_add_layer_norm(x, x, copy_dtype=eight)
+    assert torch.equal(copy.float(), out.to(eight).float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_are_no_views(backend: str) -> None:
+    x = torch.randn(2, 3, 8)
+    before = x.clone()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            total = dropout_add(x, None, backend=backend)
+            out, copy = dropout_add_layer_norm(x, None, copy_dtype=x.dtype, backend=backend)
+        total.add_(1)
+        copy.add_(1)
+        assert torch.equal(x, before) and not torch.equal(out, copy)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -10,8 +10,9 @@ import helpers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastattn import FusedLayerNorm, use_backend
+from fastattn import FusedEncoderLayer, FusedLayerNorm, explain, use_backend
 
 SHAPES = [(5, 40), (2, 3, 40), (0, 40), (40,)]
 
@@ -125,12 +126,45 @@ def test_weights_loaded_later_are_checked(assign: bool) -> None:
     state["1.bias"][2] = 5
     with pytest.warns(UserWarning, match="keeps the input.*bias is more than twice"):
         model.load_state_dict(state, assign=assign)
-    assert model[1].save == "input"
+    assert not model[1].keeps_output
     x = torch.randn(4, 8)
     stock = nn.LayerNorm(8)
     stock.load_state_dict(model[1].state_dict())
     for a, b in zip(run(model[1], x), run(stock, x), strict=True):
         torch.testing.assert_close(a, b)
+    state["1.bias"][2] = 0
+    model.load_state_dict(state, assign=assign)
+    assert model[1].keeps_output
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_weights_without_data_are_not_checked(device: str) -> None:
+    if device == "meta":
+        assert FusedLayerNorm(8, save="output", device="meta").keeps_output
+        return
+    with FakeTensorMode():
+        assert FusedLayerNorm(8, save="output").keeps_output
+
+
+@pytest.mark.parametrize("save", ["input", "output"])
+def test_an_encoder_layer_fuses_it(save: str) -> None:
+    layer = FusedEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    stock = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    layer.norm1 = FusedLayerNorm(16, save=save)
+    layer.load_state_dict(stock.state_dict())
+    x = torch.randn(2, 5, 16)
+    parts = {choice.part: choice.taken for choice in explain(layer, x)}
+    assert "norm1" not in parts and "dropout_add_layer_norm" in parts
+    for a, b in zip(run(layer, x), run(stock, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), stock.eval()(x), rtol=1e-4, atol=1e-5)
+    kept = []  # the result is the feed-forward block's input too: nothing of its own is kept
+    layer.train()
+    saved = helpers.saved_bytes(lambda: kept.append(layer(x)))
+    layer.norm1 = FusedLayerNorm(16)
+    difference = helpers.saved_bytes(lambda: kept.append(layer(x))) - saved
+    assert difference == (0 if save == "input" else x.nbytes + 10 * 4)
 
 
 def test_compiled_equals_eager() -> None:

@@ -169,6 +169,13 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
     if vector.dim() != 1 or vector.shape[0] != input.shape[-1]:
         raise mismatch(name, f"of shape {tuple(input.shape[-1:])}", vector.shape)
     check_floating(name, vector.dtype)
+    check_device(name, vector, input)
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Raise unless ``tensor`` is on the device of ``input``: kernels get addresses."""
+    if tensor.device != input.device:
+        raise mismatch(name, f"on {input.device}, as input is", tensor.device)
 
 
 def check_floating(name: str, dtype: torch.dtype | None) -> None:
@@ -186,8 +193,7 @@ def check_dropout(dropout_p: float, seed: Tensor | None, site: int, input: Tenso
         raise mismatch("dropout_p", "between 0 and 1", dropout_p)
     if seed is not None:
         check_seed(seed)
-        if seed.device != input.device:
-            raise mismatch("seed", f"on {input.device}", seed.device)
+        check_device("seed", seed, input)
     elif dropout_p > 0.0:
         raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn import dispatch, dropout, extension
 from fastattn.extension import ACTIVATION as ACTIVATION
 from fastattn.extension import RESIDUAL as RESIDUAL
-from fastattn.ops._library import TOKEN_DROPOUT, define, mismatch
+from fastattn.ops._library import TOKEN_DROPOUT, check_device, define, mismatch
 
 
 class AttentionDropout(NamedTuple):
@@ -88,6 +88,7 @@ def token_dropout(
         if row_index.dtype != torch.int32 or row_index.shape != rows:
             got = f"{tuple(row_index.shape)} {row_index.dtype}"
             raise mismatch("row_index", f"{rows} torch.int32", got)
+        check_device("row_index", row_index, input)
         if row_period is None:
             raise mismatch("row_period", "given with row_index", None)
     if row_period is not None and not 0 <= row_period < 2**32:

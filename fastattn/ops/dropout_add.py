@@ -14,6 +14,7 @@ from fastattn import dispatch, fallback
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
     apply,
+    check_device,
     check_dropout,
     check_floating,
     check_rows,
@@ -33,6 +34,7 @@ from fastattn.ops.layer_norm import (
     check_norm,
     check_save,
     check_second_order,
+    dtypes_of,
     leaves_it_to_torch,
     norm_dtype,
     norm_gradients,
@@ -102,14 +104,15 @@ def dropout_add_layer_norm(
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     sum_dtype = fallback.sum_dtype(input, residual)
-    backend = dispatch.choose("dropout_add_layer_norm", input, backend, dtype=sum_dtype)
-    arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(sum_dtype, input))
     tensors = (input, input_bias, residual, weight, bias)
+    dtypes = (*dtypes_of(*tensors), out_dtype, copy_dtype)
+    backend = dispatch.choose("dropout_add_layer_norm", input, backend, dtypes=dtypes)
+    arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(sum_dtype, input))
     composite = needs_composite(*tensors)
     if composite or (leaves_it_to_torch(backend, sum_dtype, save) and not dropout.drops):
         total = _plain_sum(composite, input, input_bias, residual, dropout)
         out = fallback.layer_norm_composite(total, weight, bias, arguments)
-        copy = None if copy_dtype is None else out.to(copy_dtype)
+        copy = None if copy_dtype is None else out.to(copy_dtype, copy=True)
     else:
         for_backward = save == "sum" and torch.is_grad_enabled() and _require_grad(*tensors)
         out, total, copy = apply(
@@ -152,8 +155,8 @@ def dropout_add(
     _check_branch(input, residual, input_bias)
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
-    sum_dtype = fallback.sum_dtype(input, residual)
-    backend = dispatch.choose("dropout_add", input, backend, dtype=sum_dtype)
+    dtypes = dtypes_of(input, residual, input_bias)
+    backend = dispatch.choose("dropout_add", input, backend, dtypes=dtypes)
     composite = needs_composite(input, input_bias, residual)
     if composite or (backend == "pytorch" and not dropout.drops):
         return _plain_sum(composite, input, input_bias, residual, dropout)
@@ -167,7 +170,8 @@ def _require_grad(*tensors: Tensor | None) -> bool:
 def _plain_sum(composite: bool, *arguments: Any) -> Tensor:
     """The sum without an op around it: in place where no derivative can be asked for."""
     if composite or torch.is_grad_enabled():
-        return fallback.dropout_add_composite(*arguments)
+        total = fallback.dropout_add_composite(*arguments)
+        return total.clone() if total is arguments[0] else total
     return fallback.dropout_add_forward(*arguments)
 
 
@@ -178,6 +182,7 @@ def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | N
         if residual.shape != input.shape:
             raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
         check_floating("residual", residual.dtype)
+        check_device("residual", residual, input)
 
 
 # --------------------------------------------------------------------- why not, per backend

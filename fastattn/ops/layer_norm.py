@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import dispatch, extension, extension_norms, fallback
 from fastattn.ops._library import (
@@ -56,7 +57,8 @@ def layer_norm(
     """
     check_norm(input, weight, bias, out_dtype)
     check_save(save, SAVE_LEVELS)
-    backend = dispatch.choose("layer_norm", input, backend, dtype=input.dtype)
+    dtypes = (*dtypes_of(input, weight, bias), out_dtype)
+    backend = dispatch.choose("layer_norm", input, backend, dtypes=dtypes)
     out_dtype = out_dtype or norm_dtype(input.dtype, input)
     if backend == "pytorch" and save == "input" and out_dtype == input.dtype:
         if all(x is None or x.dtype == out_dtype for x in (weight, bias)):
@@ -73,9 +75,9 @@ def why_not_from_output(weight: Tensor | None, bias: Tensor | None) -> str | Non
 
     The result is rounded to its dtype, and backward divides its deviation from ``bias`` by
     ``weight``. So rounding errors grow by 1 + ``|bias / weight|``, which must stay below 3. Reads
-    the parameters: on a GPU that waits for the device.
+    the parameters: on a GPU that waits for the device. Of tensors without data nothing is known.
     """
-    if weight is None or weight.is_meta:
+    if weight is None or weight.is_meta or isinstance(weight, FakeTensor):
         return None
     size = weight.detach().abs()
     if not bool((size >= MIN_WEIGHT).all()):
@@ -121,32 +123,43 @@ def check_norm(
 # --------------------------------------------------------------------- why not, per backend
 
 
-def why_not_cuda(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why the extension's CUDA kernels cannot normalise ``dtype``."""
-    if dtype == torch.float64:
-        return "has no kernels for float64"
-    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
-    if capability < (8, 0):
-        return "needs compute capability 8.0 or higher, not {}.{}".format(*capability)
-    return extension.why_not_cuda()
+#: A call's dtypes; None where the default is.
+Dtypes = tuple[torch.dtype | None, ...]
 
 
-def why_not_cpu(**facts: object) -> str | None:
-    """Why the extension's C++ kernels cannot run."""
-    return extension.why_not()
+def dtypes_of(*tensors: Tensor | None) -> Dtypes:
+    """The dtypes of those that are there."""
+    return tuple(x.dtype for x in tensors if x is not None)
 
 
-def why_not_triton(device: torch.device, **facts: object) -> str | None:
-    """Why the Triton kernels cannot run."""
+def why_not_cuda(device: torch.device, dtypes: Dtypes = ()) -> str | None:
+    """Why the extension's CUDA kernels cannot run a call with these dtypes."""
+    reason = _why_not_dtypes(dtypes, extension_norms.CudaNormKernels.dtypes)
+    return reason or extension.why_not_cuda(device)
+
+
+def why_not_cpu(device: torch.device, dtypes: Dtypes = ()) -> str | None:
+    """Why the extension's C++ kernels cannot."""
+    reason = extension.why_not()
+    return reason or _why_not_dtypes(dtypes, extension_norms.NormKernels.dtypes)
+
+
+def why_not_triton(device: torch.device, dtypes: Dtypes = ()) -> str | None:
+    """Why the Triton kernels cannot."""
     return dispatch.why_not_triton(device)
+
+
+def _why_not_dtypes(dtypes: Dtypes, known: frozenset[torch.dtype]) -> str | None:
+    for dtype in dtypes:
+        if dtype is not None and dtype not in known:
+            return f"has no kernels for {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 def register_backends(op: str, cpu_unasked: str | None = None) -> None:
     """The same four for every op with a norm or a residual sum."""
     dispatch.register(op, "cuda", extension_norms.cuda, why_not_cuda)
-    always = extension.available()
-    why_not = None if always else why_not_cpu
-    dispatch.register(op, "cpu", extension_norms.cpu, why_not, cpu_unasked)
+    dispatch.register(op, "cpu", extension_norms.cpu, why_not_cpu, cpu_unasked)
     dispatch.register(op, "triton", "fastattn.kernels.layer_norm", why_not_triton)
     dispatch.register(op, "pytorch", fallback)
 

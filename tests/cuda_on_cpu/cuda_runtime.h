@@ -263,11 +263,18 @@ inline float __fdividef(float numerator, float denominator) {
 
 // ---- What launchers call.
 
+#define CUDART_VERSION 13000
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidDevice };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration";
+}
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
