@@ -42,7 +42,8 @@ ALL_ARCHITECTURES = "80 86 89 90 100 120+PTX"
 LIBRARY = "fastattn/_C" + sysconfig.get_config_var("EXT_SUFFIX")
 STATUS = "fastattn/_build_status.txt"
 
-NOTE = 'echo "$*" >> "$0.calls"\n'  # in a script: how it was called, as calls() reads it
+# In a script: how it was called, as calls() reads it. nvcc takes that variable for arguments.
+NOTE = 'echo "$* $NVCC_APPEND_FLAGS" >> "$0.calls"\n'
 
 INSPECT = """
 import json, sys
@@ -398,7 +399,7 @@ def test_bad_setting_is_named(build: Build, name: str, value: str) -> None:
     allowed = {"FASTATTN_CUDA": "auto, 0 or 1", "MAX_JOBS": "a positive integer"}
     done = build(**{name: value})
     assert done.returncode == 1
-    meaning = allowed.get(name, "a list like '8.0;9.0a;12.0+PTX'")
+    meaning = allowed.get(name, "a list of numbers like '8.0;9.0a;12.0+PTX'")
     assert done.stderr == f"fastattn: {name} must be {meaning}, but it is {value!r}\n"
     assert not calls(build.compiler) and not calls(build.nvcc)
 
