@@ -114,20 +114,13 @@ def dropout_add_layer_norm(
         out = fallback.layer_norm_composite(total, weight, bias, arguments)
         copy = None if copy_dtype is None else out.to(copy_dtype, copy=True)
     else:
-        for_backward = save == "sum" and torch.is_grad_enabled() and _require_grad(*tensors)
-        out, total, copy = apply(
-            _DropoutAddLayerNorm,
-            return_sum,
-            save,
-            input,
-            input_bias,
-            residual,
-            *arguments,
-            *dropout,
-            copy_dtype,
-            return_sum or for_backward,
-            backend,
-        )
+        recorded = torch.is_grad_enabled() and _require_grad(*tensors)
+        keep_sum = return_sum or (recorded and save == "sum")
+        call = (input, input_bias, residual, *arguments, *dropout, copy_dtype, keep_sum, backend)
+        if recorded:
+            out, total, copy = apply(_DropoutAddLayerNorm, return_sum, save, *call)
+        else:
+            out, total, copy, _, _ = _fused_forward_op(*call)
     results = (out, *((total,) if return_sum else ()), *(() if copy_dtype is None else (copy,)))
     return results if len(results) > 1 else out
 

@@ -55,19 +55,39 @@ def layer_norm(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run this call.
     """
-    check_norm(input, weight, bias, out_dtype)
-    check_save(save, SAVE_LEVELS)
-    dtypes = (*dtypes_of(input, weight, bias), out_dtype)
+    alike = out_dtype is None and save == "input" and are_alike(input, weight, bias)
+    if not alike:
+        check_norm(input, weight, bias, out_dtype)
+        check_save(save, SAVE_LEVELS)
+    dtypes = (input.dtype,) if alike else (*dtypes_of(input, weight, bias), out_dtype)
     backend = dispatch.choose("layer_norm", input, backend, dtypes=dtypes)
     out_dtype = out_dtype or norm_dtype(input.dtype, input)
-    if backend == "pytorch" and save == "input" and out_dtype == input.dtype:
-        if all(x is None or x.dtype == out_dtype for x in (weight, bias)):
-            return torch.layer_norm(input, input.shape[-1:], weight, bias, eps)
+    if alike and backend == "pytorch" and out_dtype == input.dtype:
+        return torch.layer_norm(input, input.shape[-1:], weight, bias, eps)
     arguments = NormArguments(weight, bias, eps, out_dtype)
     to_torch = leaves_it_to_torch(backend, input.dtype, save)
     if to_torch or needs_composite(input, weight, bias):
         return fallback.layer_norm_composite(input, weight, bias, arguments)
     return apply(_LayerNorm, input, *arguments, save, backend)
+
+
+def are_alike(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether nothing is wrong and one dtype is everywhere: what torch's own kernels take.
+
+    Asked before everything else, since a call of torch's takes little longer than the checks.
+    """
+    dtype, device, shape = input.dtype, input.device, input.shape[-1:]
+    return (
+        dtype.is_floating_point
+        and len(shape) == 1
+        and (
+            weight is None
+            or (weight.dtype == dtype and weight.shape == shape and weight.device == device)
+        )
+        and (
+            bias is None or (bias.dtype == dtype and bias.shape == shape and bias.device == device)
+        )
+    )
 
 
 def why_not_from_output(weight: Tensor | None, bias: Tensor | None) -> str | None:
