@@ -163,6 +163,11 @@ def _why_passed_over(
     return reason or _registry[op][backend].unasked or f"{taken} was asked for"
 
 
+def leaves_to_pytorch(op: str, device: str) -> bool:
+    """Whether every call of ``op`` on ``device`` takes the ``pytorch`` backend, and nobody asks."""
+    return _record is None and not _requested and _unconditional(op, device) == "pytorch"
+
+
 def has_no_gpu_kernels(device: str, ops: Iterable[str]) -> bool:
     """Whether no call of ``ops`` on ``device`` may take a GPU's kernels, and none was asked for."""
     return not _requested and all(

@@ -55,16 +55,16 @@ def layer_norm(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run this call.
     """
-    alike = out_dtype is None and save == "input" and are_alike(input, weight, bias)
-    if not alike:
-        check_norm(input, weight, bias, out_dtype)
-        check_save(save, SAVE_LEVELS)
-    dtypes = (input.dtype,) if alike else (*dtypes_of(input, weight, bias), out_dtype)
+    if backend is None and out_dtype is None and save == "input":
+        device = input.device.type
+        if device != "cuda" and dispatch.leaves_to_pytorch("layer_norm", device):
+            if are_alike(input, weight, bias):
+                return torch.layer_norm(input, input.shape[-1:], weight, bias, eps)
+    check_norm(input, weight, bias, out_dtype)
+    check_save(save, SAVE_LEVELS)
+    dtypes = (*dtypes_of(input, weight, bias), out_dtype)
     backend = dispatch.choose("layer_norm", input, backend, dtypes=dtypes)
-    out_dtype = out_dtype or norm_dtype(input.dtype, input)
-    if alike and backend == "pytorch" and out_dtype == input.dtype:
-        return torch.layer_norm(input, input.shape[-1:], weight, bias, eps)
-    arguments = NormArguments(weight, bias, eps, out_dtype)
+    arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(input.dtype, input))
     to_torch = leaves_it_to_torch(backend, input.dtype, save)
     if to_torch or needs_composite(input, weight, bias):
         return fallback.layer_norm_composite(input, weight, bias, arguments)
@@ -72,9 +72,9 @@ def layer_norm(
 
 
 def are_alike(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether nothing is wrong and one dtype is everywhere: what torch's own kernels take.
+    """Whether nothing is wrong and one dtype is everywhere: what torch's own kernel takes.
 
-    Asked before everything else, since a call of torch's takes little longer than the checks.
+    Asked before everything else, since a call of torch's takes little longer than all checks.
     """
     dtype, device, shape = input.dtype, input.device, input.shape[-1:]
     return (
