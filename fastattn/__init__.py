@@ -7,8 +7,9 @@ from fastattn.dispatch import available_backends, explain, use_backend
 from fastattn.layers import FusedEncoderLayer
 from fastattn.norms import FusedLayerNorm
 from fastattn.ops.attention import attention, attention_packed
+from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
-from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward
+from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
 
 __version__ = "0.1.0.dev0"

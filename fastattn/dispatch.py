@@ -22,7 +22,7 @@ from torch import Tensor
 BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "pytorch"),
     "attention_packed": ("triton", "pytorch"),
-    "feed_forward": ("triton", "pytorch"),
+    "feed_forward": ("triton_gemm", "triton", "pytorch"),
     "bias_activation_dropout": ("triton", "pytorch"),
     "layer_norm": ("cuda", "cpu", "triton", "pytorch"),
     "dropout_add_layer_norm": ("cuda", "cpu", "triton", "pytorch"),
@@ -32,7 +32,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 #: Triton's interpreter, for tests, runs kernels on CPU tensors.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DEVICES = {"triton": "cpu" if _INTERPRETED else "cuda", "cuda": "cuda", "cpu": "cpu"}
+_TRITON = "cpu" if _INTERPRETED else "cuda"
+_DEVICES = {"triton": _TRITON, "triton_gemm": _TRITON, "cuda": "cuda", "cpu": "cpu"}
 
 
 def _can_always(**facts: Any) -> None:
@@ -48,7 +49,11 @@ class Backend:
 
     functions: Any
     why_not: Callable[..., str | None] = _can_always
-    unasked: str | None = None
+    unasked: str | Callable[..., str | None] | None = None
+
+    def why_unasked(self, device: torch.device, **facts: Any) -> str | None:
+        """Why this call takes it only where it is asked for by name; None if it may."""
+        return self.unasked(device=device, **facts) if callable(self.unasked) else self.unasked
 
 
 _registry: dict[str, dict[str, Backend]] = {op: {} for op in BACKENDS}
@@ -76,12 +81,13 @@ def register(
     backend: str,
     functions: Any,
     why_not: Callable[..., str | None] | None = None,
-    unasked: str | None = None,
+    unasked: str | Callable[..., str | None] | None = None,
 ) -> None:
     """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do.
 
     ``functions`` is an object that has them, or the name of a module to import when they first run.
-    ``unasked`` is why the backend, though it can, is taken only where it is asked for by name.
+    ``unasked``, words or ``unasked(**facts)``, is why the backend, though it can, is taken only
+    where it is asked for by name.
     """
     _known(op, backend)
     _always.clear()
@@ -160,7 +166,10 @@ def _why_passed_over(
 ) -> str:
     """Why a better ``backend`` than the one taken was not."""
     reason = why_not(op, backend, device, **facts)
-    return reason or _registry[op][backend].unasked or f"{taken} was asked for"
+    entry = _registry[op].get(backend)
+    if reason is None and entry is not None:
+        reason = entry.why_unasked(device, **facts)
+    return reason or f"{taken} was asked for"
 
 
 def leaves_to_pytorch(op: str, device: str) -> bool:
@@ -195,7 +204,8 @@ def _select(op: str, tensor: Tensor, backend: str | None, **facts: Any) -> str:
         return next(
             name
             for name, entry in _registry[op].items()
-            if entry.unasked is None and why_not(op, name, tensor.device, **facts) is None
+            if why_not(op, name, tensor.device, **facts) is None
+            and entry.why_unasked(tensor.device, **facts) is None
         )
     _known(op, asked)
     reason = why_not(op, asked, tensor.device, **facts)

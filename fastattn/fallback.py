@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, extension
 from fastattn.masks import Masks
-from fastattn.ops.arguments import AttentionArguments, NormArguments
+from fastattn.ops.arguments import AttentionArguments, FeedForwardArguments, NormArguments
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
 from fastattn.packing import pack, unpack
 
@@ -360,10 +360,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     On a CPU a bias added in place costs one pass over the result; ``addmm`` writes it there first
     and reads it back.
     """
+    if bias is not None and _adds_bias_in_place(input):
+        return F.linear(input, weight).add_(bias)
+    return F.linear(input, weight, bias)
+
+
+def _adds_bias_in_place(input: Tensor) -> bool:
     exact = input.dtype in (torch.float32, torch.float64)
-    if bias is None or input.device.type != "cpu" or not exact or torch.is_autocast_enabled("cpu"):
-        return F.linear(input, weight, bias)
-    return F.linear(input, weight).add_(bias)
+    return exact and input.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _activation_factor(dropout: TokenDropout, hidden: Tensor) -> Tensor | None:
@@ -379,67 +383,70 @@ def _activate(hidden: Tensor, activation: str, factor: Tensor | None) -> Tensor:
     return activated if factor is None else activated.mul_(factor)
 
 
+def product(
+    input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """``linear`` of (tokens, d), into ``out`` where given."""
+    if bias is not None and not _adds_bias_in_place(input):
+        return torch.addmm(bias, input, weight.t(), out=out)
+    result = torch.mm(input, weight.t(), out=out)
+    return result if bias is None else result.add_(bias)
+
+
 def feed_forward_forward(
-    input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: str,
-    dropout: TokenDropout,
-    save: str,
-) -> tuple[Tensor, Tensor]:
-    """The output, and the hidden tensor backward wants: relu's result after dropout, else h."""
-    hidden = linear(input, weight1, bias1)
-    factor = _activation_factor(dropout, hidden)
+    input: Tensor, arguments: FeedForwardArguments, out: Tensor, hidden: Tensor | None
+) -> None:
+    """Write the output of (tokens, d) to ``out``, and to ``hidden``, if given, what backward wants.
+
+    That is relu's result after dropout, else h = input @ weight1.T + bias1.
+    """
+    weight1, bias1, weight2, bias2, activation, dropout = arguments
+    h = product(input, weight1, bias1, hidden)
+    factor = _activation_factor(dropout, h)
     if activation == "relu":
-        activated = hidden = hidden.relu_()
-        if factor is not None:
-            activated.mul_(factor)
+        activated = h.relu_() if factor is None else h.relu_().mul_(factor)
     else:
-        activated = _activate(hidden, activation, factor)
-    out = linear(activated, weight2, bias2)
-    return out, (hidden if save == "hidden" else hidden.new_empty(0))
+        activated = _activate(h, activation, factor)
+    product(activated, weight2, bias2, out)
 
 
 def feed_forward_backward(
     grad_out: Tensor,
     input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    hidden: Tensor,
-    activation: str,
-    dropout: TokenDropout,
-    save: str,
-    wanted: list[bool],
+    arguments: FeedForwardArguments,
+    hidden: Tensor | None,
+    d_input: Tensor | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight1, bias1, weight2, bias2; None where not ``wanted``."""
-    if save == "input":
-        hidden = linear(input, weight1, bias1)
+    """Write the gradient of the input, (tokens, d), to ``d_input``, if given.
+
+    Returns those of weight1, bias1, weight2, bias2; None where not ``wanted``. ``hidden`` is None
+    where forward kept nothing.
+    """
+    weight1, bias1, weight2, _, activation, dropout = arguments
+    if hidden is None:
+        hidden = product(input, weight1, bias1)
         if activation == "relu":
             hidden = _activate(hidden, "relu", _activation_factor(dropout, hidden))
-    grad = grad_out.reshape(-1, grad_out.shape[-1])
-    tokens, rows = input.reshape(-1, input.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    want_input, want_weight1, want_bias1, want_weight2, want_bias2 = wanted
-    d_bias2 = grad.sum(0) if want_bias2 else None
+    want_weight1, want_bias1, want_weight2, want_bias2 = wanted
+    d_bias2 = grad_out.sum(0) if want_bias2 else None
     factor = None
     if activation == "relu":  # hidden is positive exactly where it was kept and relu passed
-        activated, scale = rows, dropout.scale
+        activated, scale = hidden, dropout.scale
     else:
-        factor = _activation_factor(dropout, hidden)
-        factor = None if factor is None else factor.view(rows.shape)
-        activated, scale = (_activate(rows, activation, factor) if want_weight2 else None), 1.0
-    d_weight2 = grad.t() @ activated if want_weight2 else None
-    if not (want_input or want_weight1 or want_bias1):
-        return None, None, None, d_weight2, d_bias2
-    d_hidden = torch.addmm(grad.new_zeros(1), grad, weight2, beta=0, alpha=scale)
+        factor, scale = _activation_factor(dropout, hidden), 1.0
+        activated = _activate(hidden, activation, factor) if want_weight2 else None
+    d_weight2 = grad_out.t() @ activated if want_weight2 else None
+    if d_input is None and not (want_weight1 or want_bias1):
+        return None, None, d_weight2, d_bias2
+    d_hidden = torch.addmm(grad_out.new_zeros(1), grad_out, weight2, beta=0, alpha=scale)
     if factor is not None:
         d_hidden.mul_(factor)
-    d_hidden = _ACTIVATION_BACKWARD[activation](d_hidden, rows)
+    d_hidden = _ACTIVATION_BACKWARD[activation](d_hidden, hidden)
+    if d_input is not None:
+        torch.mm(d_hidden, weight1, out=d_input)
     return (
-        (d_hidden @ weight1).view(input.shape) if want_input else None,
-        d_hidden.t() @ tokens if want_weight1 else None,
+        d_hidden.t() @ input if want_weight1 else None,
         d_hidden.sum(0) if want_bias1 else None,
         d_weight2,
         d_bias2,
@@ -469,13 +476,22 @@ def bias_activation_dropout_forward(
 
 
 def bias_activation_dropout_backward(
-    grad_out: Tensor, input: Tensor, bias: Tensor | None, activation: str, dropout: TokenDropout
-) -> Tensor:
-    """Gradient of ``input``; that of the bias is its sum over rows."""
+    grad_out: Tensor,
+    input: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dropout: TokenDropout,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``input``, and of ``bias`` in at least fp32, None if not wanted."""
     hidden = input if bias is None else input + bias
     factor = _activation_factor(dropout, hidden)
     grad = grad_out.clone() if factor is None else (grad_out * factor).to(grad_out.dtype)
-    return _ACTIVATION_BACKWARD[activation](grad, hidden)
+    grad = _ACTIVATION_BACKWARD[activation](grad, hidden)
+    if not want_bias:
+        return grad, None
+    rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
+    return grad, rows.sum(0, dtype=accumulation_dtype(grad.dtype))
 
 
 def bias_activation_dropout_composite(

@@ -17,8 +17,9 @@ from fastattn import dispatch, dropout, fallback, masks, packing
 from fastattn.norms import FusedLayerNorm
 from fastattn.ops._library import autocast_dtype, transforms_active
 from fastattn.ops.attention import attention_packed
+from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
-from fastattn.ops.feed_forward import bias_activation_dropout, feed_forward, linear
+from fastattn.ops.feed_forward import feed_forward, linear
 from fastattn.ops.layer_norm import check_save, layer_norm, why_not_from_output
 
 __all__ = ["FusedEncoderLayer"]

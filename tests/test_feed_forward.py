@@ -9,98 +9,27 @@ import helpers
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
+from feed_forward_checks import (
+    EAGER,
+    LAYOUTS,
+    SEED,
+    SITE,
+    P,
+    check,
+    drop,
+    keep_of,
+    make_inputs,
+    seed_tensor,
+)
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import bias_activation_dropout, feed_forward
+from fastattn.ops import feed_forward as op
 from fastattn.ops.dropout import TokenDropout
 
-P = 0.125
-SEED = 2**62 + 54321
-SITE = 5
-EAGER = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "identity": lambda x: x,
-}
 SEEDS = {"contract": SEED, "twister": -7}
-
-
-def seed_tensor(seed: int = SEED) -> Tensor:
-    return torch.tensor([seed])
-
-
-def make_inputs(
-    shape: tuple[int, ...] = (3, 63, 40),
-    d_ff: int = 127,
-    d_out: int = 24,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    d = shape[-1]
-    inputs = {
-        "input": torch.randn(shape),
-        "weight1": torch.randn(d_ff, d) / max(d, 1) ** 0.5,
-        "bias1": torch.randn(d_ff),
-        "weight2": torch.randn(d_out, d_ff) / d_ff**0.5,
-        "bias2": torch.randn(d_out),
-    }
-    return {name: x.to(dtype) for name, x in inputs.items()}
-
-
-def keep_of(
-    shape: tuple[int, ...], columns: int, p: float, batch_first: bool = True, offset: int = 0
-) -> Tensor:
-    """(rows, columns) bool: what the contract keeps of the hidden features of ``shape`` tokens."""
-    where = reference.coordinates(shape[:-1] or (1,), batch_first)
-    return reference.activation_keep(SEED, SITE, p, *where, torch.arange(columns) + offset)
-
-
-def drop(hidden: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """Eager dropout with given decisions, scaled in full precision as fused kernels do."""
-    return hidden if keep is None else hidden * keep.view(hidden.shape) * (1 / (1 - p))
-
-
-def eager_feed_forward(
-    input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    *,
-    activation: str,
-    keep: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
-    hidden = EAGER[activation](F.linear(input, weight1, bias1))
-    return F.linear(drop(hidden, keep, dropout_p), weight2, bias2)
-
-
-def check(
-    inputs: dict[str, Tensor | None],
-    dropout_p: float = 0.0,
-    activation: str = "relu",
-    batch_first: bool = True,
-    **options: Any,
-) -> None:
-    columns = inputs["weight1"].shape[0]
-    keep = multiplier = None
-    if dropout_p:
-        keep = keep_of(inputs["input"].shape, columns, dropout_p, batch_first)
-        multiplier = reference.factor(keep, dropout_p)
-    ours = partial(
-        feed_forward,
-        activation=activation,
-        dropout_p=dropout_p,
-        seed=seed_tensor(),
-        site=SITE,
-        batch_first=batch_first,
-        **options,
-    )
-    eager = partial(eager_feed_forward, activation=activation, keep=keep, dropout_p=dropout_p)
-    oracle = partial(reference.feed_forward, activation=activation, multiplier=multiplier)
-    helpers.assert_as_accurate_as_eager(ours, eager, oracle, inputs)
 
 
 # ---------------------------------------------------------------------------------- accuracy
@@ -136,14 +65,6 @@ def test_accuracy_of_widths(d_ff: int, dropout_p: float) -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
 def test_without_biases(activation: str, dropout_p: float) -> None:
     check({**make_inputs(), "bias1": None, "bias2": None}, dropout_p, activation)
-
-
-LAYOUTS = {
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "every other row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "every other column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "one row for all": lambda x: x[:1, :1].expand_as(x),
-}
 
 
 @pytest.mark.parametrize("save", ["hidden", "input"])
@@ -188,6 +109,82 @@ def test_one_gradient_alone(activation: str, wanted: str) -> None:
     alone = helpers.results_of(partial(ours, **rest), {wanted: inputs[wanted]})
     name = f"gradient of {wanted}"
     assert torch.equal(alone[name], everything[name])
+
+
+# -------------------------------------------------------------------------------------- chunks
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 64, 100, 188])
+@pytest.mark.parametrize("save", ["hidden", "input"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_accuracy_of_chunks(activation: str, save: str, chunk_tokens: int) -> None:
+    check(make_inputs(), P, activation, False, save=save, chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_accuracy_of_sums_over_many_chunks(dtype: torch.dtype) -> None:
+    check(make_inputs((2, 500, 16), dtype=dtype), P, "gelu", chunk_tokens=10)
+
+
+@pytest.mark.parametrize("chunk_tokens", [189, 10**6])
+def test_one_chunk_is_the_whole(chunk_tokens: int) -> None:
+    inputs = make_inputs()
+    ours = partial(feed_forward, dropout_p=P, seed=seed_tensor())
+    whole = helpers.results_of(ours, inputs)
+    helpers.assert_same(helpers.results_of(partial(ours, chunk_tokens=chunk_tokens), inputs), whole)
+
+
+def test_chunks_of_packed_rows() -> None:
+    inputs = make_inputs((50, 40))
+    rows = {"row_index": torch.randperm(200)[:50].int(), "row_period": 20}
+    ours = partial(feed_forward, activation="silu", dropout_p=P, seed=seed_tensor(), **rows)
+    whole, chunks = (
+        helpers.results_of(partial(ours, chunk_tokens=size), inputs) for size in (None, 7)
+    )
+    helpers.assert_close(chunks, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [-1, -7, -(2**63)])
+def test_chunks_of_the_twister_differ_and_are_replayed(seed: int) -> None:
+    """Its decisions know no rows: each chunk has its own, and backward the same again."""
+    inputs = make_inputs((2, 6, 3), 5, 2, torch.float64)
+    inputs["input"] = inputs["input"][:1, :1].expand(2, 6, 3)
+    ours = partial(
+        feed_forward, activation="gelu", dropout_p=0.5, seed=seed_tensor(seed), chunk_tokens=4
+    )
+    out = ours(**inputs).view(3, 4, 2)
+    assert not torch.equal(out[0], out[1]) and not torch.equal(out[1], out[2])
+    weights = [inputs[name].requires_grad_() for name in ("weight1", "bias1", "weight2")]
+    assert torch.autograd.gradcheck(lambda *x: ours(inputs["input"], *x), weights)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that an operation inside returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        owned = [x for x in found if not x._is_view()]
+        self.elements = max([self.elements, *(x.numel() for x in owned)])
+        return result
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_chunks_cap_temporary_tensors(activation: str) -> None:
+    """No tensor has more rows of hidden features than a chunk, where backward recomputes."""
+    inputs = list(make_inputs((512, 8), 64, 8).values())
+    options = (activation, *TokenDropout(P, seed_tensor(), row_period=512), "input")
+    limit = 32 * 64
+    for chunk_tokens, capped in ((0, False), (32, True)):
+        with LargestTensor() as forward:
+            op._forward(*inputs, *options, chunk_tokens, "pytorch")
+        with LargestTensor() as backward:
+            arguments = (torch.ones(512, 8), *inputs[:4], torch.empty(0), [True] * 5)
+            op._backward(*arguments, *options, chunk_tokens, "pytorch")
+        for largest in (forward.elements, backward.elements):
+            assert (largest <= max(limit, 512 * 8)) is capped
 
 
 # ------------------------------------------------------------------- dropout at its two ends
@@ -397,7 +394,7 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     packed = TokenDropout(0.1, seed_tensor(), 1, torch.arange(15).int(), 5, False, 3)
     grad, hidden = torch.randn(3, 5, 4), torch.randn(3, 5, 12)
     x, bias = LAYOUTS["transposed"](hidden), bias1
-    keep, again = ("hidden", "pytorch"), ("input", "pytorch")
+    keep, again = ("hidden", 0, "pytorch"), ("input", 4, "pytorch")
     nothing = torch.empty(0)
     forward = (input, weight1, bias1, weight2)
     some = [True, False, True, True, False]
@@ -416,8 +413,8 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
             (x, None, "identity", *TokenDropout(), "pytorch"),
         ],
         "bias_activation_dropout_bwd": [
-            (x, x, bias, "silu", *dropout, "pytorch"),
-            (x, hidden, None, "identity", *TokenDropout(), "pytorch"),
+            (x, x, bias, True, "silu", *dropout, "pytorch"),
+            (x, hidden, None, False, "identity", *TokenDropout(), "pytorch"),
         ],
     }
 
@@ -539,6 +536,8 @@ WRONG_ARGUMENTS = {
     "bias2, shape": (dict(bias2=torch.zeros(12)), ValueError, "bias2"),
     "activation": (dict(activation="tanh"), ValueError, "activation"),
     "save": (dict(save="output"), ValueError, "save"),
+    "chunk_tokens": (dict(chunk_tokens=0), ValueError, "chunk_tokens"),
+    "chunk_tokens, type": (dict(chunk_tokens=4.0), TypeError, "chunk_tokens"),
     "backend": (dict(backend="cuda"), ValueError, "backend"),
     "dropout_p": (dict(dropout_p=-0.1, seed=seed_tensor()), ValueError, "dropout_p"),
     "dropout_p, type": (dict(dropout_p=None), TypeError, "dropout_p"),

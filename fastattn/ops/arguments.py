@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.ops.dropout import AttentionDropout
+from fastattn.ops.dropout import AttentionDropout, TokenDropout
 
 
 class AttentionArguments(NamedTuple):
@@ -41,6 +41,17 @@ ATTENTION_ARGUMENTS = (
     "bool is_causal, float scale, float dropout_p, Tensor? seed, int site, SymInt head_offset, "
     "str backend"
 )
+
+
+class FeedForwardArguments(NamedTuple):
+    """Everything the feed-forward block takes besides its input."""
+
+    weight1: Tensor  # (d_ff, d)
+    bias1: Tensor | None  # (d_ff,)
+    weight2: Tensor  # (d_out, d_ff)
+    bias2: Tensor | None  # (d_out,)
+    activation: str
+    dropout: TokenDropout
 
 
 class NormArguments(NamedTuple):

@@ -61,6 +61,17 @@ class TokenDropout(NamedTuple):
         """Whether torch's generator decides; then no kernel of ours can."""
         return _replays_twister(self.seed)
 
+    def of_rows(self, first: int, last: int) -> TokenDropout:
+        """The dropout of the rows from ``first`` to before ``last`` on their own."""
+        if not self.drops:
+            return self
+        if self.replays_twister:  # which knows no rows: another seed, negative too
+            return self._replace(seed=torch.div(self.seed, 2, rounding_mode="floor") - first)
+        if self.row_index is not None:
+            return self._replace(row_index=self.row_index[first:last])
+        index = torch.arange(first, last, dtype=torch.int32, device=self.seed.device)
+        return self._replace(row_index=index)
+
     def factor(self, like: Tensor, grouping: int, dtype: torch.dtype) -> Tensor | None:
         """Tensor of ``like``'s shape to multiply by, None where nothing drops."""
         if not self.drops:

@@ -1,15 +1,18 @@
-"""The feed-forward block, dropout(act(x W1^T + b1)) W2^T + b2, and its middle on its own.
+"""The feed-forward block, dropout(act(x W1^T + b1)) W2^T + b2.
 
-Backends: ``triton``, ``pytorch``.
+Backends: ``triton_gemm`` (the middle in the epilogues of its own products), ``triton`` (torch's
+products and a kernel between them), ``pytorch``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dispatch, fallback
+from fastattn import dispatch, fallback, tuning
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
     apply,
@@ -17,7 +20,6 @@ from fastattn.ops._library import (
     check_dropout,
     check_rows,
     check_vector,
-    column_sum,
     define,
     differentiable_gradients,
     mismatch,
@@ -27,6 +29,8 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
+from fastattn.ops.arguments import FeedForwardArguments
+from fastattn.ops.bias_activation_dropout import check_activation, why_not_triton
 from fastattn.ops.dropout import TokenDropout, token_dropout
 
 #: What feed_forward may keep for backward: one (tokens, d_ff) tensor, or only its input.
@@ -49,6 +53,7 @@ def feed_forward(
     batch_first: bool = True,
     column_offset: int = 0,
     save: str = "hidden",
+    chunk_tokens: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """dropout(act(input @ weight1.T + bias1)) @ weight2.T + bias2.
@@ -64,9 +69,12 @@ def feed_forward(
         row_index, row_period, batch_first: the position and sequence of every row
             (:class:`fastattn.dropout.TokenRows`); ``row_period`` is ``input.shape[-2]`` by default.
         column_offset: global number of the first hidden feature, where d_ff is sharded.
-        save: ``"hidden"`` keeps one (tokens, d_ff) tensor for backward, ``"input"`` keeps none and
-            computes the first product again.
-        backend: ``"triton"`` or ``"pytorch"``; None chooses.
+        save: ``"hidden"`` keeps, besides the input, one (tokens, d_ff) tensor for backward;
+            ``"input"`` keeps none and computes the first product again, a sixth more FLOPs in all.
+        chunk_tokens: handle so many tokens at a time, so that no temporary tensor has more rows
+            than that. Each chunk adds its part to the gradients of the weights, in at least fp32.
+        backend: ``"triton_gemm"``, ``"triton"`` or ``"pytorch"``; None chooses. The first is chosen
+            where a measurement says that it is the faster one (:mod:`fastattn.tuning`).
 
     Returns:
         (..., d_out) in the dtype of ``input``; under autocast everything is in its dtype.
@@ -80,76 +88,52 @@ def feed_forward(
     if dtype is not None:
         tensors = tuple(None if x is None else x.to(dtype) for x in tensors)
     input, weight1, bias1, weight2, bias2 = tensors
-    _check_feed_forward(*tensors, activation, save)
+    _check(*tensors, activation)
+    check_levels(save, SAVE_LEVELS, chunk_tokens)
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
-    backend = dispatch.choose("feed_forward", input, backend, activation=activation)
+    backend = dispatch.choose(
+        "feed_forward",
+        input,
+        backend,
+        dtypes=(input.dtype,),
+        column_offset=column_offset,
+        tokens=input.shape[:-1].numel(),
+        widths=(input.shape[-1], weight1.shape[0], weight2.shape[0]),
+        has_adjacent_columns=weight1.stride(1) == weight2.stride(1) == 1,
+        activation=activation,
+    )
     if needs_composite(*tensors):
         return fallback.feed_forward_composite(*tensors, activation, dropout)
+    options = (activation, *dropout, save, chunk_tokens or 0, backend)
     if backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled():
-        return fallback.feed_forward_forward(*tensors, activation, dropout, "input")[0]
-    return apply(_FeedForward, *tensors, activation, *dropout, save, backend)
+        return _forward(*tensors, *options[:-3], "input", *options[-2:])[0]
+    return apply(_FeedForward, *tensors, *options)
 
 
-def bias_activation_dropout(
-    input: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "relu",
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 1,
-    row_index: Tensor | None = None,
-    row_period: int | None = None,
-    batch_first: bool = True,
-    column_offset: int = 0,
-    backend: str | None = None,
-) -> Tensor:
-    """dropout(act(input + bias)): what is left of the block where a linear is wrapped or sharded.
-
-    Args:
-        input: (..., d_ff) floating point.
-        bias: (d_ff,) or None.
-
-    The other arguments and errors are those of :func:`feed_forward`.
-
-    Returns:
-        The shape of ``input``, in the promoted dtype of ``input`` and ``bias``.
-    """
-    _check_activation(activation)
-    check_rows(input)
-    check_vector("bias", bias, input)
-    check_dropout(dropout_p, seed, site, input)
-    dropout = token_dropout(
-        input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
-    )
-    dtypes = (input.dtype,) if bias is None else (input.dtype, bias.dtype)
-    backend = dispatch.choose("bias_activation_dropout", input, backend, dtypes=dtypes)
-    if needs_composite(input, bias) or (backend == "pytorch" and not dropout.drops):
-        return fallback.bias_activation_dropout_composite(input, bias, activation, dropout)
-    return apply(_BiasActivationDropout, input, bias, activation, *dropout, backend)
+def check_levels(save: str, levels: tuple[str, ...], chunk_tokens: int | None) -> None:
+    """Raise unless ``save`` is one of ``levels`` and ``chunk_tokens`` None or at least 1."""
+    if save not in levels:
+        raise mismatch("save", f"one of {levels}", repr(save))
+    if chunk_tokens is None:
+        return
+    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):
+        raise TypeError(f"chunk_tokens must be an int or None, not {type(chunk_tokens).__name__}")
+    if chunk_tokens < 1:
+        raise mismatch("chunk_tokens", "at least 1", chunk_tokens)
 
 
-def _check_activation(activation: str) -> None:
-    if activation not in fallback.ACTIVATIONS:
-        names = ", ".join(fallback.ACTIVATIONS)
-        raise mismatch("activation", f"one of {names}", repr(activation))
-
-
-def _check_feed_forward(
+def _check(
     input: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
     activation: str,
-    save: str,
 ) -> None:
-    _check_activation(activation)
-    if save not in SAVE_LEVELS:
-        raise mismatch("save", f"one of {SAVE_LEVELS}", repr(save))
+    check_activation(activation)
     check_rows(input)
     dtype, device = input.dtype, input.device
     for name, x in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
@@ -173,66 +157,112 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # --------------------------------------------------------------------- why not, per backend
 
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
-def why_not_triton(
-    device: torch.device, dtypes: tuple[torch.dtype, ...] = (), **facts: object
+def why_not_triton_gemm(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = (),
+    column_offset: int = 0,
+    widths: tuple[int, ...] = (),
+    has_adjacent_columns: bool = True,
+    **facts: object,
 ) -> str | None:
-    """Why the Triton kernels of ``bias_activation_dropout`` cannot run a call."""
+    """Why Triton's own products cannot run a call; its interpreter takes every dtype."""
     for dtype in dtypes:
-        if dtype not in _TRITON_DTYPES:
-            return f"its kernels take fp16, bf16, fp32 and fp64, not {dtype}"
+        if dtype not in (torch.float16, torch.bfloat16) and device.type != "cpu":
+            return f"its products take fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
+        if any(width * dtype.itemsize % 16 for width in widths):
+            return f"rows must be multiples of 16 bytes; the widths are {widths}"
+    if not has_adjacent_columns:
+        return "weight1 and weight2 must have adjacent columns"
+    if column_offset % 64:
+        return f"column_offset must be a multiple of 64, not {column_offset}"
     return dispatch.why_not_triton(device)
 
 
-dispatch.register("feed_forward", "pytorch", fallback)
-dispatch.register("bias_activation_dropout", "pytorch", fallback)
 dispatch.register(
-    "bias_activation_dropout",
-    "triton",
-    "fastattn.kernels.bias_activation_dropout",
-    why_not_triton,
+    "feed_forward",
+    "triton_gemm",
+    "fastattn.kernels.feed_forward_gemm",
+    why_not_triton_gemm,
+    unasked=tuning.why_not_chosen,
 )
+dispatch.register("feed_forward", "triton", "fastattn.kernels.feed_forward", why_not_triton)
+dispatch.register("feed_forward", "pytorch", fallback)
 
 
 # ------------------------------------------------------------- schema, fake, implementation
 
 
-def _empty_like_none(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _chunks(
+    dropout: TokenDropout, tokens: int, chunk_tokens: int
+) -> Iterator[tuple[slice, TokenDropout]]:
+    """The rows of every chunk and their dropout; one chunk where 0 tokens are asked for."""
+    if not 0 < chunk_tokens < tokens:
+        yield slice(None), dropout
+        return
+    for first in range(0, tokens, chunk_tokens):
+        last = min(first + chunk_tokens, tokens)
+        yield slice(first, last), dropout.of_rows(first, last)
 
 
 def _forward(input, weight1, bias1, weight2, bias2, activation, *options):
-    *dropout, save, backend = options
+    *dropout, save, chunk_tokens, backend = options
     functions = dispatch.functions("feed_forward", backend)
-    return functions.feed_forward_forward(
-        input, weight1, bias1, weight2, bias2, activation, TokenDropout(*dropout), save
-    )
+    x = _rows(input)
+    out = x.new_empty(x.shape[0], weight2.shape[0])
+    hidden = x.new_empty(x.shape[0], weight1.shape[0]) if save == "hidden" else None
+    for rows, part in _chunks(TokenDropout(*dropout), x.shape[0], chunk_tokens):
+        arguments = FeedForwardArguments(weight1, bias1, weight2, bias2, activation, part)
+        kept = None if hidden is None else hidden[rows]
+        functions.feed_forward_forward(x[rows], arguments, out[rows], kept)
+    shape = input.shape[:-1]
+    hidden = x.new_empty(0) if hidden is None else hidden.view(*shape, weight1.shape[0])
+    return out.view(*shape, weight2.shape[0]), hidden
 
 
 def _forward_fake(input, weight1, bias1, weight2, bias2, activation, *options):
     out = input.new_empty(*input.shape[:-1], weight2.shape[0])
-    hidden = (*input.shape[:-1], weight1.shape[0]) if options[-2] == "hidden" else (0,)
+    hidden = (*input.shape[:-1], weight1.shape[0]) if options[-3] == "hidden" else (0,)
     return out, input.new_empty(hidden)
 
 
 def _backward(grad_out, input, weight1, bias1, weight2, hidden, wanted, activation, *options):
-    *dropout, save, backend = options
+    *dropout, save, chunk_tokens, backend = options
     functions = dispatch.functions("feed_forward", backend)
-    gradients = functions.feed_forward_backward(
-        grad_out,
-        input,
-        weight1,
-        bias1,
-        weight2,
-        hidden,
-        activation,
-        TokenDropout(*dropout),
-        save,
-        wanted,
+    grad, x = _rows(grad_out), _rows(input)
+    kept = _rows(hidden) if save == "hidden" else None
+    d_input = x.new_empty(x.shape) if wanted[0] else None
+    sums: tuple[Tensor | None, ...] = ()
+    for rows, part in _chunks(TokenDropout(*dropout), x.shape[0], chunk_tokens):
+        arguments = FeedForwardArguments(weight1, bias1, weight2, None, activation, part)
+        found = functions.feed_forward_backward(
+            grad[rows],
+            x[rows],
+            arguments,
+            None if kept is None else kept[rows],
+            None if d_input is None else d_input[rows],
+            wanted[1:],
+        )
+        sums = _added(sums, found)
+    gradients = [None if d_input is None else d_input.view(input.shape)]
+    gradients += [None if total is None else total.to(x.dtype) for total in sums]
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+def _added(
+    sums: tuple[Tensor | None, ...], more: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Elementwise sums in at least fp32; ``more`` itself where it is the first."""
+    if not sums:
+        return more
+    return tuple(
+        None if b is None else a.to(fallback.accumulation_dtype(a.dtype)).add_(b)
+        for a, b in zip(sums, more, strict=True)
     )
-    return _empty_like_none(gradients, input)
 
 
 def _backward_fake(grad_out, input, weight1, bias1, weight2, hidden, wanted, *options):
@@ -248,31 +278,7 @@ def _backward_fake(grad_out, input, weight1, bias1, weight2, hidden, wanted, *op
     )
 
 
-def _middle_forward(input, bias, activation, *options):
-    *dropout, backend = options
-    functions = dispatch.functions("bias_activation_dropout", backend)
-    return functions.bias_activation_dropout_forward(
-        input, bias, activation, TokenDropout(*dropout)
-    ).contiguous()
-
-
-def _promoted(input: Tensor, bias: Tensor | None) -> torch.dtype:
-    return input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
-
-
-def _middle_fake(input, bias, *options):
-    return input.new_empty(input.shape, dtype=_promoted(input, bias))
-
-
-def _middle_backward(grad_out, input, bias, activation, *options):
-    *dropout, backend = options
-    functions = dispatch.functions("bias_activation_dropout", backend)
-    return functions.bias_activation_dropout_backward(
-        grad_out, input, bias, activation, TokenDropout(*dropout)
-    ).contiguous()
-
-
-_OPTIONS = f"str activation, {TOKEN_DROPOUT}, str save, str backend"
+_OPTIONS = f"str activation, {TOKEN_DROPOUT}, str save, SymInt chunk_tokens, str backend"
 _forward_op = define(
     "feed_forward_fwd(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, "
     f"Tensor? bias2, {_OPTIONS}) -> (Tensor out, Tensor hidden)",
@@ -285,18 +291,6 @@ _backward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-)
-_middle_forward_op = define(
-    f"bias_activation_dropout_fwd(Tensor input, Tensor? bias, str activation, {TOKEN_DROPOUT}, "
-    "str backend) -> Tensor",
-    _middle_forward,
-    _middle_fake,
-)
-_middle_backward_op = define(
-    "bias_activation_dropout_bwd(Tensor grad_out, Tensor input, Tensor? bias, str activation, "
-    f"{TOKEN_DROPOUT}, str backend) -> Tensor",
-    _middle_backward,
-    lambda grad_out, input, bias, *options: _middle_fake(input, bias),
 )
 
 
@@ -316,7 +310,7 @@ class _FeedForward(torch.autograd.Function):
         (*inputs, hidden), options = recall(ctx)
         wanted = list(ctx.needs_input_grad[:5])
         if wants_second_order():
-            activation, *dropout, _, _ = options
+            activation, *dropout = options[:-3]
             gradients = differentiable_gradients(
                 lambda *x: fallback.feed_forward_composite(*x, activation, TokenDropout(*dropout)),
                 inputs,
@@ -324,30 +318,4 @@ class _FeedForward(torch.autograd.Function):
             )
         else:
             gradients = _backward_op(grad_out, *inputs[:4], hidden, wanted, *options)
-        return *wanted_only(gradients, wanted), *(None,) * len(options)
-
-
-class _BiasActivationDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, bias, *options):
-        remember(ctx, (input, bias), options)
-        return _middle_forward_op(input, bias, *options)
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor):
-        (input, bias), options = recall(ctx)
-        wanted = ctx.needs_input_grad[:2]
-        if wants_second_order():
-            activation, *dropout, _ = options
-            gradients = differentiable_gradients(
-                lambda *x: fallback.bias_activation_dropout_composite(
-                    *x, activation, TokenDropout(*dropout)
-                ),
-                (input, bias),
-                grad_out,
-            )
-        else:
-            d_hidden = _middle_backward_op(grad_out, input, bias, *options)
-            d_bias = column_sum(d_hidden, bias.dtype) if wanted[1] else None
-            gradients = (d_hidden.to(input.dtype), d_bias)
         return *wanted_only(gradients, wanted), *(None,) * len(options)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastattn.dropout import threshold
 from fastattn.kernels.attention_configs import multiprocessors
+from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.layer_norm_backward import (
     backward_kernel,
     branch_backward_kernel,
-    column_sum_kernel,
     wide_backward_kernel,
 )
 from fastattn.kernels.layer_norm_forward import forward_kernel, sum_kernel, wide_forward_kernel
@@ -33,7 +33,6 @@ ACCESS_BYTES = 16  # of the widest load and store
 WHOLE_ROW = 8192  # columns; wider rows are handled in chunks
 WIDE_LANES = 512  # of a chunk of a wide row
 REGISTERS, RESIDENT_WARPS = 65536, 64  # of a multiprocessor
-SUM_BYTES = 16384  # of a program at once, in the sum of partial rows
 
 
 def layer_norm_forward(input: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,7 +268,7 @@ def _norm_backward(
             num_warps=num_warps,
             maxnreg=registers,
         )
-        _sum_parts(parts, sums)
+        sum_parts(parts, sums)
 
 
 def _backward_registers(launch: tuple[Tile, int], dtype: torch.dtype, from_output: bool) -> int:
@@ -304,7 +303,7 @@ def _branch_backward(
             TILE=tile,
             num_warps=num_warps,
         )
-        _sum_parts(parts, (d_x_bias,))
+        sum_parts(parts, (d_x_bias,))
 
 
 def _parts(
@@ -312,25 +311,6 @@ def _parts(
 ) -> list[Tensor | None]:
     """One row of each sum for every program, in the dtype of ``like``."""
     return [None if x is None else like.new_empty(programs, x.shape[0]) for x in sums]
-
-
-def _sum_parts(parts: Sequence[Tensor | None], sums: Sequence[Tensor | None]) -> None:
-    """Write the sum over the programs of each part that there is."""
-    parts, sums = ([x for x in given if x is not None] for given in (parts, sums))
-    if not parts:
-        return
-    n_parts, columns = parts[0].shape
-    block_n = min(512, max(32, triton.next_power_of_2(columns // 32)))
-    grid = (triton.cdiv(columns, block_n), len(parts))
-    absent = [None] * (3 - len(parts))
-    column_sum_kernel[grid](
-        *(*parts, *absent),
-        *(*sums, *absent),
-        n_parts,
-        columns,
-        BLOCK_M=SUM_BYTES // (block_n * parts[0].element_size()),
-        BLOCK_N=block_n,
-    )
 
 
 # ---------------------------------------------------------------------------- arguments of kernels

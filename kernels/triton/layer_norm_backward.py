@@ -1,4 +1,4 @@
-"""Backward kernels of layer norm, of the branch that dropped before it, and sums of columns."""
+"""Backward kernels of layer norm, and of the branch that dropped before it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ RUNTIME = [
     "site",
     "threshold",
     "row_period",
-    "n_parts",
 ]
 
 
@@ -410,39 +409,3 @@ def branch_backward_kernel(
     if dXBiasParts is not None:
         place = tl.program_id(0).to(tl.int64) * TILE.COLUMNS + column
         tl.store(dXBiasParts + place, sum_rows(d_x_bias), mask=columns)
-
-
-@triton.jit
-def sum_parts(Parts, Sums, n_parts, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sum the parts of a program's columns, in one order whatever runs when."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_M, BLOCK_N], Parts.dtype.element_ty)
-    for first in range(0, n_parts, BLOCK_M):
-        part = first + tl.arange(0, BLOCK_M)[:, None]
-        mask = (part < n_parts) & (column < columns)
-        total += tl.load(Parts + part.to(tl.int64) * columns + column, mask=mask, other=0.0)
-    tl.store(Sums + column, tl.sum(total, 0).to(Sums.dtype.element_ty), mask=column < columns)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def column_sum_kernel(
-    Parts0,  # [n_parts, columns]
-    Parts1,  # [n_parts, columns], or None
-    Parts2,  # [n_parts, columns], or None
-    Sums0,  # [columns]
-    Sums1,  # [columns], or None
-    Sums2,  # [columns], or None
-    n_parts,
-    columns,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sum of the parts of up to three sums. A program owns BLOCK_N columns of one of them."""
-    if tl.program_id(1) == 0:
-        sum_parts(Parts0, Sums0, n_parts, columns, BLOCK_M, BLOCK_N)
-    if Parts1 is not None:
-        if tl.program_id(1) == 1:
-            sum_parts(Parts1, Sums1, n_parts, columns, BLOCK_M, BLOCK_N)
-    if Parts2 is not None:
-        if tl.program_id(1) == 2:
-            sum_parts(Parts2, Sums2, n_parts, columns, BLOCK_M, BLOCK_N)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from compiled.variants import Kernel, Region, Variant
@@ -28,6 +30,17 @@ def elements(region: Region) -> float:
     return 8 * region.constexprs["BLOCK_M"] * region.constexprs["BLOCK_G"] / region.threads
 
 
+def summed(region: Region) -> float:
+    """A program of the last sum handles at least BLOCK_M parts of BLOCK_N columns."""
+    return region.constexprs["BLOCK_M"] * region.constexprs["BLOCK_N"] / region.threads
+
+
+BACKWARD = {
+    "backward_kernel": Kernel(elements, loop=True),
+    "column_sum_kernel": Kernel(summed),
+}
+
+
 def variants(
     name: str,
     activation: str,
@@ -46,15 +59,31 @@ def variants(
     def forward() -> torch.Tensor:
         return bias_activation_dropout_forward(input, bias, activation, dropout)
 
-    def backward() -> torch.Tensor:
-        grad_out = torch.empty_like(forward_result)
-        return bias_activation_dropout_backward(grad_out, input, bias, activation, dropout)
+    def backward() -> object:
+        grad_out = torch.empty_like(input if bias is None else input + bias)
+        return bias_activation_dropout_backward(grad_out, input, bias, activation, dropout, True)
 
-    forward_result = input if bias is None else input + bias
     return [
         Variant(f"{name} forward", forward, {"forward_kernel": Kernel(elements, at_most=targets)}),
-        Variant(f"{name} backward", backward, {"backward_kernel": Kernel(elements)}),
+        Variant(f"{name} backward", backward, BACKWARD),
     ]
+
+
+def feed_forward_backward(activation: str, dropout: TokenDropout) -> object:
+    """What the feed-forward block calls: relu from its result, others with the result again."""
+    grad_out, saved = (torch.empty(ROWS, COLUMNS, dtype=bf16, device="meta") for _ in range(2))
+    from_output = activation == "relu"
+    return bias_activation_dropout_backward(
+        grad_out,
+        saved,
+        None,
+        activation,
+        dropout,
+        True,
+        from_output=from_output,
+        out=grad_out,
+        activated=None if from_output else torch.empty_like(saved),
+    )
 
 
 bf16 = torch.bfloat16
@@ -71,6 +100,16 @@ VARIANTS = [
             target=TARGETS.get(activation),
         ),
     )
+]
+
+VARIANTS += [
+    Variant(
+        f"feed-forward {activation} {kind}",
+        partial(feed_forward_backward, activation, dropout),
+        BACKWARD,
+    )
+    for activation in ACTIVATIONS
+    for kind, dropout in (("alone", NONE), ("dropout", DROPOUT))
 ]
 
 # What else makes a kernel of its own, each on its own.

@@ -140,8 +140,8 @@ def extras(
     measured: Iterable[Measured], listed: Iterable[tuple[str, Extra]]
 ) -> tuple[list[str], list[str]]:
     """What variants cost beyond others, a line each, and which of them is too much."""
-    figures = {
-        (result.op, result.variant, result.arch, kernel): figures.instructions
+    by_kernel = {
+        (result.op, result.variant, result.arch, kernel): figures
         for result in measured
         for kernel, figures in result.kernels.items()
     }
@@ -149,16 +149,20 @@ def extras(
     for op, extra in listed:
         for arch, ceiling in extra.at_most.items():
             more, less = (
-                figures.get((op, variant, arch, extra.kernel))
+                by_kernel.get((op, variant, arch, extra.kernel))
                 for variant in (extra.variant, extra.beyond)
             )
             if more is None or less is None:
                 continue
-            added = max(a - b for a, b in zip(more, less, strict=True))
+            pairs = zip(more.instructions, less.instructions, strict=True)
+            added = max(a - b for a, b in pairs)
             line = f"{op}, {extra.variant}, sm_{arch}, {extra.kernel}, beyond {extra.beyond}"
             found.append(f"{line}: {added:.2f} instructions an element of {ceiling:.12g}")
             if failure := _over("instructions an element", added, ceiling, "the target is"):
                 failures.append(f"{line}: {failure}")
+            if not extra.may_exchange and more.exchanges > less.exchanges:
+                counts = f"{more.exchanges} exchanges between threads, not {less.exchanges}"
+                failures.append(f"{line}: {counts}")
     return found, failures
 
 

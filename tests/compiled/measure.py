@@ -34,6 +34,7 @@ class Figures:
     instructions: tuple[float, ...]  # an element, in each counted region
     accesses: int
     wide_accesses: int
+    exchanges: int = 0  # shuffles, and loads and stores of shared memory
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def figures_of(
         sass.tensor_cores(code),
         tuple(len(region.instructions) / expectation.elements(region) for region in regions),
         *sass.global_accesses(code),
+        exchanges=sass.exchanges(code),
     )
 
 

@@ -16,6 +16,7 @@ RESOURCES = re.compile(r"^\s*Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\
 #: mma.sync on sm_80 (HMMA, ...), wgmma on sm_90 (HGMMA, ...), tcgen05 on sm_100 (UTCHMMA, ...)
 TENSOR_CORE = re.compile(r"(UTC[A-Z]*|[A-Z])G?MMA")
 SPILL = re.compile(r"LDL|STL")
+EXCHANGE = re.compile(r"SHFL|STS|LDS|STSM|LDSM")
 GLOBAL_ACCESS = re.compile(r"LDG|STG|LDGSTS")
 WIDE = re.compile(r"\.(128|256)\b")
 
@@ -103,6 +104,11 @@ def global_accesses(code: Code) -> tuple[int, int]:
     """How many loads and stores of global memory there are, and how many of 16 bytes or more."""
     accesses = [i for i in code if GLOBAL_ACCESS.fullmatch(i.base)]
     return len(accesses), sum(WIDE.search(i.opcode) is not None for i in accesses)
+
+
+def exchanges(code: Code) -> int:
+    """How many instructions pass values between threads: shuffles, and shared memory."""
+    return sum(EXCHANGE.fullmatch(i.base) is not None for i in code)
 
 
 def without_padding(code: Code) -> list[Instruction]:

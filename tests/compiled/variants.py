@@ -61,6 +61,8 @@ class Extra:
     beyond: str
     kernel: str
     at_most: Mapping[int, float]  # by architecture
+    #: Whether it may pass values between threads, by shuffles or shared memory, more often.
+    may_exchange: bool = True
 
 
 @dataclass(frozen=True)

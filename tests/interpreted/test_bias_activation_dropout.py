@@ -17,7 +17,6 @@ from torch import Tensor
 from fastattn import (
     FusedEncoderLayer,
     bias_activation_dropout,
-    dispatch,
     explain,
     use_backend,
 )
@@ -56,7 +55,8 @@ def kept_by_forward(shape: tuple[int, ...], options: TokenDropout, dtype=torch.f
 
 def kept_by_backward(shape: tuple[int, ...], options: TokenDropout, dtype=torch.float32) -> Tensor:
     ones = torch.ones(shape, dtype=dtype)
-    return kernels.bias_activation_dropout_backward(ones, ones, None, "relu", options) != 0
+    backward = kernels.bias_activation_dropout_backward
+    return backward(ones, ones, None, "relu", options, False)[0] != 0
 
 
 def contract(
@@ -213,8 +213,9 @@ def test_no_columns() -> None:
     options = dropout_of()
     out = kernels.bias_activation_dropout_forward(torch.ones(3, 0), torch.ones(0), "relu", options)
     assert out.shape == (3, 0)
-    grad = kernels.bias_activation_dropout_backward(out, out, torch.ones(0), "relu", options)
-    assert grad.shape == (3, 0)
+    backward = kernels.bias_activation_dropout_backward
+    grad, d_bias = backward(out, out, torch.ones(0), "relu", options, True)
+    assert grad.shape == (3, 0) and d_bias.shape == (0,)
 
 
 @pytest.mark.parametrize("activation", EAGER)
@@ -288,6 +289,69 @@ def test_what_drops_is_zero_whatever_it_was() -> None:
     assert torch.equal(gradient.isinf(), keep) and (gradient[~keep] == 0).all()
 
 
+# ------------------------------------------------------------------- what the block asks for
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P, 1.0])
+@pytest.mark.parametrize("columns", [64, 100, 33])
+def test_from_the_result_of_relu(columns: int, dropout_p: float) -> None:
+    x, bias, grad = torch.randn(40, columns), torch.randn(columns), torch.randn(40, columns)
+    options = dropout_of(row_period=40, dropout_p=dropout_p)
+    y = kernels.bias_activation_dropout_forward(x, bias, "relu", options)
+    backward = partial(
+        kernels.bias_activation_dropout_backward,
+        bias=bias,
+        activation="relu",
+        dropout=options,
+        want_bias=True,
+    )
+    found, expected = backward(grad, y, from_output=True), backward(grad, x)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("activation", EAGER)
+@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+def test_activated_again(dtype: torch.dtype, activation: str, dropout_p: float) -> None:
+    x, bias, grad = torch.randn(9, 100), torch.randn(100), torch.randn(9, 100)
+    x, bias, grad = (v.to(dtype) for v in (x, bias, grad))
+    options = dropout_of(row_period=9, dropout_p=dropout_p)
+    y = kernels.bias_activation_dropout_forward(x, bias, activation, options)
+    again = torch.empty_like(x)
+    backward = partial(
+        kernels.bias_activation_dropout_backward,
+        bias=bias,
+        activation=activation,
+        dropout=options,
+        want_bias=True,
+    )
+    expected = backward(grad, x)
+    found = backward(grad, x, activated=again)
+    assert torch.equal(again, y)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    in_place = backward(grad, x, out=grad, activated=x)
+    assert in_place[0] is grad and torch.equal(grad, expected[0]) and torch.equal(x, y)
+    assert torch.equal(in_place[1], expected[1])
+
+
+def test_forward_in_place() -> None:
+    x, bias, options = torch.randn(9, 100), torch.randn(100), dropout_of(row_period=9)
+    expected = kernels.bias_activation_dropout_forward(x, bias, "gelu", options)
+    found = kernels.bias_activation_dropout_forward(x, bias, "gelu", options, out=x)
+    assert found is x and torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 127, 1000])
+def test_column_sums_over_steps_of_a_program(rows: int) -> None:
+    """A device that runs few programs at once goes through many rows in each."""
+    x, grad = torch.ones(rows, 72), torch.randn(rows, 72)
+    backward = kernels.bias_activation_dropout_backward
+    dx, d_bias = backward(grad, x, None, "identity", TokenDropout(), True)
+    assert torch.equal(dx, grad) and d_bias.dtype == torch.float32
+    torch.testing.assert_close(d_bias, grad.double().sum(0).float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(d_bias, backward(grad, x, None, "identity", TokenDropout(), True)[1])
+
+
 # ------------------------------------------------------------------------------ memory and grids
 
 
@@ -296,9 +360,10 @@ def test_every_element_is_written(sanitizer: Sanitizer) -> None:
     x, bias = torch.randn(9, 200), torch.randn(200)
     out = kernels.bias_activation_dropout_forward(x, bias, "relu", options)
     sanitizer.assert_written(out)
-    sanitizer.assert_written(
-        kernels.bias_activation_dropout_backward(out, x, bias, "relu", options)
-    )
+    backward = kernels.bias_activation_dropout_backward
+    activated = torch.empty_like(x)
+    for y in (*backward(out, x, bias, "relu", options, True, activated=activated), activated):
+        sanitizer.assert_written(y)
 
 
 def test_rows_beyond_two_to_the_31st_element() -> None:
@@ -308,9 +373,12 @@ def test_rows_beyond_two_to_the_31st_element() -> None:
     near, options = x.contiguous(), dropout_of(row_period=3)
     forward = partial(kernels.bias_activation_dropout_forward, bias=None, activation="relu")
     assert torch.equal(forward(input=x, dropout=options), forward(input=near, dropout=options))
-    backward = partial(kernels.bias_activation_dropout_backward, bias=None, activation="relu")
-    found = backward(grad_out=x, input=x, dropout=options)
-    assert torch.equal(found, backward(grad_out=near, input=near, dropout=options))
+    backward = partial(
+        kernels.bias_activation_dropout_backward, bias=None, activation="relu", want_bias=True
+    )
+    found, d_bias = backward(grad_out=x, saved=x, dropout=options)
+    expected, d_bias_expected = backward(grad_out=near, saved=near, dropout=options)
+    assert torch.equal(found, expected) and torch.equal(d_bias, d_bias_expected)
 
 
 def rows_on_meta(columns: int, dtype: torch.dtype) -> Tensor:
@@ -321,12 +389,15 @@ def rows_on_meta(columns: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("columns", [1, 64, 1000, 3072, 5120, 64 * 65537, 2**25])
 def test_programs_cover_all_columns_within_the_limits_of_a_grid(columns: int, offset: int) -> None:
     for dtype in helpers.DTYPES:
-        rows = rows_on_meta(columns, dtype)
-        grid, arguments = kernels._launch_of((rows,), dropout_of(column_offset=offset))
-        assert arguments["BLOCK_M"] * arguments["BLOCK_G"] == kernels.CELLS * arguments["WIDTH"]
-        assert grid[0] * arguments["BLOCK_M"] >= 8
-        assert grid[1] * arguments["BLOCK_G"] * 8 >= columns + offset
-        assert grid[1] <= 65535
+        for warps, width in ((8, 8), (4, 4)):
+            rows, options = rows_on_meta(columns, dtype), dropout_of(column_offset=offset)
+            launch = kernels._Launch((rows,), options, warps, width)
+            grid, arguments = launch.grid, launch.arguments
+            cells = arguments["BLOCK_M"] * arguments["BLOCK_G"] // arguments["WIDTH"]
+            assert cells == 32 * warps and arguments["WIDTH"] <= width
+            assert grid[0] * arguments["BLOCK_M"] >= 8
+            assert grid[1] * arguments["BLOCK_G"] * 8 >= columns + offset
+            assert grid[1] <= 65535
 
 
 @pytest.mark.parametrize(
@@ -344,8 +415,9 @@ def test_programs_cover_all_columns_within_the_limits_of_a_grid(columns: int, of
 )
 def test_accesses_are_16_bytes_wide_where_rows_are_aligned(columns, offset, dtype, width) -> None:
     options = dropout_of(column_offset=offset)
-    _, arguments = kernels._launch_of((rows_on_meta(columns, dtype),), options)
-    assert arguments["WIDTH"] == width
+    for most in (8, 4):
+        launch = kernels._Launch((rows_on_meta(columns, dtype),), options, 4, most)
+        assert launch.width == launch.arguments["WIDTH"] == min(width, most)
 
 
 # -------------------------------------------------------------------------- dispatch and compile
@@ -372,18 +444,15 @@ def test_a_dtype_without_kernel_is_named() -> None:
         triton_op(x.float(), x[0])
 
 
-def test_it_has_no_feed_forward() -> None:
-    reason = "this version of fastattn has no triton kernel for feed_forward"
-    assert dispatch.why_not("feed_forward", "triton", torch.device("cpu")) == reason
-
-
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 def test_registration(dropout_p: float) -> None:
     x, bias = torch.randn(3, 5, 40).transpose(0, 1), torch.randn(40)
     options = ("gelu", *dropout_of(dropout_p=dropout_p, row_period=3), "triton")
     ops = torch.ops.fastattn
     torch.library.opcheck(ops.bias_activation_dropout_fwd.default, (x, bias, *options))
-    torch.library.opcheck(ops.bias_activation_dropout_bwd.default, (x, x, bias, *options))
+    for want_bias in (True, False):
+        sample = (x, x, bias, want_bias, *options)
+        torch.library.opcheck(ops.bias_activation_dropout_bwd.default, sample)
 
 
 def test_fake_tensors_agree() -> None:

@@ -1,0 +1,287 @@
+"""Which calls of ``feed_forward`` take Triton's own products: those that a measurement names.
+
+The table that ships holds what was measured on the project's GPUs, so that two runs choose alike.
+:func:`tune` measures on the GPU at hand; it is never called implicitly.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Entry", "load", "tune"]
+
+#: A call falls in the first bucket that is not below its number of tokens.
+BUCKETS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 2**62)
+CANDIDATE, ANCHOR = "triton_gemm", "triton"
+ROUNDS = 7
+LEAST_SPEEDUP = 1.02  # of the candidate over the anchor, in the median, to be chosen
+
+_FORMAT = "fastattn-tuning 1"
+_SHIPPED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement: a kind of call, and how many times as fast the candidate ran."""
+
+    architecture: str  # such as "sm_90"
+    dtype: str  # such as "bfloat16"
+    activation: str
+    d_model: int
+    d_ff: int
+    tokens: int  # a bucket of BUCKETS
+    speedup: float  # median over rounds of the anchor's time / the candidate's, forward + backward
+    rounds: tuple[float, ...]  # the same of every round
+    measured: dict[str, str]  # GPU, versions and date
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int, int]:
+        return (
+            self.architecture,
+            self.dtype,
+            self.activation,
+            self.d_model,
+            self.d_ff,
+            self.tokens,
+        )
+
+
+_table: dict[tuple, Entry] = {}
+
+
+def load(path: str | os.PathLike[str]) -> list[Entry]:
+    """Take the measurements of a file that :func:`tune` wrote, for this process.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file; the message names it.
+    """
+    entries = _read(Path(path))
+    _table.update((entry.key, entry) for entry in entries)
+    return entries
+
+
+def tune(
+    d_model: int,
+    dim_feedforward: int,
+    tokens: Iterable[int] = (4096, 16384),
+    *,
+    activation: str = "relu",
+    dtype: torch.dtype = torch.bfloat16,
+    dropout_p: float = 0.1,
+    device: torch.device | str = "cuda",
+    write: str | os.PathLike[str] | None = None,
+) -> list[Entry]:
+    """Time both ways to run ``feed_forward`` on this GPU, and choose by it in this process.
+
+    Forward and backward of the whole block, with torch's products and a kernel against Triton's
+    products, in interleaved rounds.
+
+    Args:
+        d_model, dim_feedforward: widths of the block.
+        tokens: numbers of tokens; each answers for its bucket (:data:`BUCKETS`).
+        activation: one that has a fused kernel.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        dropout_p: probability of dropping while it is timed.
+        device: a CUDA device.
+        write: a file to which the measurements are added, for :func:`load`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: there is no such GPU, or one of both ways cannot run there.
+    """
+    from fastattn import dispatch
+
+    device = torch.device(device)
+    sizes = _checked_sizes(d_model, dim_feedforward, tokens)
+    facts = {"dtypes": (dtype,), "activation": activation}
+    for backend in (CANDIDATE, ANCHOR):
+        reason = dispatch.why_not("feed_forward", backend, device, **facts)
+        if reason is not None:
+            raise RuntimeError(f"tune: device={str(device)!r} cannot run {backend}: {reason}")
+    before = _read(Path(write)) if write is not None and Path(write).exists() else []
+    entries = [
+        _measure(d_model, dim_feedforward, size, activation, dtype, dropout_p, device)
+        for size in sizes
+    ]
+    if write is not None:
+        _write(Path(write), {entry.key: entry for entry in (*before, *entries)}.values())
+    _table.update((entry.key, entry) for entry in entries)
+    return entries
+
+
+def why_not_chosen(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = (),
+    activation: str = "",
+    tokens: int = 0,
+    widths: tuple[int, ...] = (),
+    **facts: Any,
+) -> str | None:
+    """Why a call does not take the candidate: no measurement, or one that is against it."""
+    if not _table:
+        return "no measurement names it (fastattn.tune makes one)"
+    name = str(dtypes[0]).removeprefix("torch.") if dtypes else ""
+    bucket = next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
+    if len(widths) != 3 or widths[0] != widths[2]:
+        return "no measurement is of a block with these widths"
+    entry = _table.get((architecture(device), name, activation, *widths[:2], bucket))
+    if entry is None:
+        return "no measurement is of this call (fastattn.tune makes one)"
+    if entry.speedup < LEAST_SPEEDUP:
+        gpu = entry.measured.get("gpu", entry.architecture)
+        return f"measured at {entry.speedup:.2f} times the speed of {ANCHOR} on {gpu}"
+    return None
+
+
+def architecture(device: torch.device) -> str:
+    """Such as ``"sm_90"``; ``"cpu"`` where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return device.type
+    return _architecture(device.index or 0)
+
+
+def _architecture(index: int) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+_architecture._dynamo_marked_constant = True
+
+
+# --------------------------------------------------------------------------------- measurements
+
+
+def _checked_sizes(d_model: int, dim_feedforward: int, tokens: Iterable[int]) -> list[int]:
+    sizes = list(tokens)
+    named = {"d_model": [d_model], "dim_feedforward": [dim_feedforward], "tokens": sizes}
+    for name, numbers in named.items():
+        for number in numbers:
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be at least 1, but got {number!r}")
+    if not sizes:
+        raise ValueError("tokens must hold at least one number")
+    return sizes
+
+
+def _measure(
+    d_model: int,
+    d_ff: int,
+    tokens: int,
+    activation: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    device: torch.device,
+) -> Entry:
+    calls = {
+        backend: _call(backend, d_model, d_ff, tokens, activation, dtype, dropout_p, device)
+        for backend in (ANCHOR, CANDIDATE)
+    }
+    rounds = []
+    for number in range(ROUNDS):
+        order = (ANCHOR, CANDIDATE) if number % 2 == 0 else (CANDIDATE, ANCHOR)
+        ms = {backend: _milliseconds(calls[backend]) for backend in order}
+        rounds.append(ms[ANCHOR] / ms[CANDIDATE])
+    return Entry(
+        architecture(device),
+        str(dtype).removeprefix("torch."),
+        activation,
+        d_model,
+        d_ff,
+        next(bucket for bucket in BUCKETS if tokens <= bucket),
+        round(statistics.median(rounds), 4),
+        tuple(round(ratio, 4) for ratio in rounds),
+        _circumstances(device, tokens, dropout_p),
+    )
+
+
+def _call(
+    backend: str,
+    d_model: int,
+    d_ff: int,
+    tokens: int,
+    activation: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    device: torch.device,
+) -> Callable[[], Any]:
+    """Forward and backward of one block, as a training step runs them."""
+    from fastattn.ops.feed_forward import feed_forward
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return x.to(device, dtype).requires_grad_()
+
+    inputs = [random(tokens, d_model), random(d_ff, d_model), random(d_ff), random(d_model, d_ff)]
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    gradient = random(tokens, d_model).detach()
+    options = {"activation": activation, "dropout_p": dropout_p, "seed": seed, "backend": backend}
+    return lambda: torch.autograd.grad(feed_forward(*inputs, **options), inputs, gradient)
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    """Median device time with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=10, rep=60, return_mode="median")
+
+
+def _circumstances(device: torch.device, tokens: int, dropout_p: float) -> dict[str, str]:
+    import triton
+
+    import fastattn
+
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "tokens": str(tokens),
+        "dropout_p": str(dropout_p),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "fastattn": fastattn.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def _read(path: Path) -> list[Entry]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        return [Entry(**{**row, "rounds": tuple(row["rounds"])}) for row in content["entries"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no measurements of fastattn.tune: {error}") from error
+
+
+def _write(path: Path, entries: Iterable[Entry]) -> None:
+    """In one step: a file that is there stays whole whatever happens."""
+    rows: Sequence[dict] = [asdict(entry) for entry in sorted(entries, key=lambda e: e.key)]
+    text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    body = f'{{"format": "{_FORMAT}", "entries": [\n{text}\n]}}\n'
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
+    ) as file:
+        file.write(body)
+    try:
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise
+
+
+load(_SHIPPED)

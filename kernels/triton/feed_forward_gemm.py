@@ -1,0 +1,485 @@
+"""The feed-forward block with its middle in the epilogues of two matrix products.
+
+The hidden features meet bias, activation and dropout while they are still fp32 accumulators. So
+forward writes them once and reads them once less than cuBLAS and a kernel; backward likewise.
+
+The dropout contract decides the columns n, n + 8, ..., n + 56 of a block of 64 by one call of
+Philox. Tiles are a multiple of 64 columns wide and all warps lie along the rows, so that the thread
+that holds one of these accumulators of a row holds all eight: decisions do not travel.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.dropout import threshold
+from fastattn.kernels.activations import activate, activation_backward
+from fastattn.kernels.attention_configs import capability, multiprocessors
+from fastattn.kernels.column_sums import sum_parts
+from fastattn.kernels.dropout import INTERPRETED, LANE, activation_words, token_coordinates
+from fastattn.kernels.feed_forward import FeedForward
+from fastattn.ops.arguments import FeedForwardArguments
+from fastattn.ops.dropout import TokenDropout
+
+ALIGNMENT = 16  # bytes, of what a tensor descriptor takes
+GROUP_M = tl.constexpr(8)  # tiles below each other that are made together, for the L2 cache
+
+#: Integers of which no value deserves a kernel of its own.
+_RUNTIME = ["n_rows", "first_group", "site", "threshold", "row_period"]
+
+
+class Config(NamedTuple):
+    """A tile of a product, the warps and pipeline stages that make it, and its epilogue's steps."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    PARTS: int  # of a tile, whose epilogues follow each other: registers do not hold all at once
+    BY_ROWS: bool
+
+
+# ---------------------------------------------------------------------------------------- tiles
+
+
+@triton.jit
+def tile_origin(tile, n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of a tile; GROUP_M tiles above each other come one after the other."""
+    down, across = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N)
+    first = tile // (across * GROUP_M) * GROUP_M
+    height = min(down - first, GROUP_M)
+    inside = tile % (across * GROUP_M)
+    return (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def matrix(
+    Data,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS,
+):
+    """A matrix to load tiles of: a tensor descriptor, or a pointer with what it needs."""
+    if TMA:
+        return tl.make_tensor_descriptor(Data, [rows, columns], [row_stride, 1], [ROWS, COLUMNS])
+    else:
+        return Data, rows, columns, row_stride, column_stride
+
+
+@triton.jit
+def load(m, row, column, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of a matrix, zero outside."""
+    if TMA:
+        return m.load([row, column])
+    else:
+        Data, n_rows, n_columns, row_stride, column_stride = m
+        r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+        place = r.to(tl.int64) * row_stride + c.to(tl.int64) * column_stride
+        return tl.load(Data + place, mask=(r < n_rows) & (c < n_columns), other=0.0)
+
+
+@triton.jit
+def store(m, row, column, tile, TMA: tl.constexpr):
+    if TMA:
+        m.store([row, column], tile)
+    else:
+        Data, n_rows, n_columns, row_stride, column_stride = m
+        r = row + tl.arange(0, tile.shape[0])[:, None]
+        c = column + tl.arange(0, tile.shape[1])[None, :]
+        place = r.to(tl.int64) * row_stride + c.to(tl.int64) * column_stride
+        tl.store(Data + place, tile, mask=(r < n_rows) & (c < n_columns))
+
+
+@triton.jit
+def halves(tile, BY_ROWS: tl.constexpr):
+    """The upper and the lower half of a tile, or the left and the right one."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    if BY_ROWS:
+        return tl.split(tl.permute(tl.reshape(tile, (2, rows // 2, columns)), (1, 2, 0)))
+    else:
+        return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def parts_of(tile, PARTS: tl.constexpr, BY_ROWS: tl.constexpr):
+    """One, two or four equal parts of a tile, in order."""
+    if PARTS == 1:
+        return (tile,)
+    elif PARTS == 2:
+        return halves(tile, BY_ROWS)
+    else:
+        tl.static_assert(PARTS == 4)
+        one, two = halves(tile, BY_ROWS)
+        first, second = halves(one, BY_ROWS)
+        third, fourth = halves(two, BY_ROWS)
+        return first, second, third, fourth
+
+
+@triton.jit
+def in_threads_of(sums, tile):
+    """``tile``, each element in the thread that has that of ``sums``: no instruction.
+
+    Both are fp32. Otherwise what is made of a loaded tile alone stays where the load put it, and
+    decisions have to travel.
+    """
+    if INTERPRETED or sums.dtype == tl.float64:
+        return tile
+    else:
+        _, tile = tl.inline_asm_elementwise(
+            "mov.b32 $0, $2; mov.b32 $1, $3;",
+            "=r,=r,r,r",
+            [sums, tile],
+            (tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        return tile
+
+
+@triton.jit
+def tile_kept(seed, site, position, sequence, group, threshold, COLUMNS: tl.constexpr):
+    """[rows, COLUMNS]: what the contract keeps of a tile whose groups of eight begin at ``group``.
+
+    position, sequence: [rows, 1]. Words become columns by renaming alone.
+    """
+    groups = group + tl.arange(0, COLUMNS // 8)[None, :]
+    w0, w1, w2, w3 = activation_words(seed, site, position, sequence, groups)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [..., i, k] is word 2 k + i
+    lanes = tl.join(words << 16, words) & (LANE << 16)  # [..., i, k, h] is lane 4 k + 2 i + h
+    lanes = tl.reshape(lanes, (position.shape[0], COLUMNS // 64, 8, 2, 2, 2))
+    lanes = tl.permute(lanes, (0, 1, 4, 3, 5, 2))
+    return tl.reshape(lanes, (position.shape[0], COLUMNS)) >= (threshold << 16).to(tl.uint32)
+
+
+# -------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def activate_kernel(
+    X,  # [n_rows, depth]
+    W,  # [n_columns, depth]
+    Bias,  # [n_columns]
+    H,  # [n_rows, n_columns], contiguous, or None
+    A,  # [n_rows, n_columns], contiguous
+    Seed,  # [1] int64, or None: nothing drops
+    RowIndex,  # [n_rows] int32, or None
+    n_rows,
+    n_columns,
+    depth,
+    left_stride,
+    left_column_stride,
+    right_stride,
+    right_column_stride,
+    first_group,
+    site,
+    threshold,
+    scale: tl.float64,
+    row_period,
+    BATCH_FIRST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+):
+    """h = x w^T + b and a = m * act(h), with m = scale where the contract keeps an element, else 0.
+
+    A program makes one tile of a after another; sums stay in registers until a is rounded.
+    """
+    dtype: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
+    PART_M: tl.constexpr = BLOCK_M // PARTS if BY_ROWS else BLOCK_M
+    PART_N: tl.constexpr = BLOCK_N if BY_ROWS else BLOCK_N // PARTS
+    x = matrix(X, n_rows, depth, left_stride, left_column_stride, TMA, BLOCK_M, BLOCK_K)
+    w = matrix(W, n_columns, depth, right_stride, right_column_stride, TMA, BLOCK_N, BLOCK_K)
+    a = matrix(A, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    if H is not None:
+        h = matrix(H, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    if Seed is not None:
+        seed = tl.load(Seed)
+        scale = tl.full([], scale, dtype)
+    tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_columns, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_row, first_column = tile_origin(tile, n_rows, n_columns, BLOCK_M, BLOCK_N)
+        sums = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        for k in range(0, depth, BLOCK_K):
+            left = load(x, first_row, k, TMA, BLOCK_M, BLOCK_K)
+            right = load(w, first_column, k, TMA, BLOCK_N, BLOCK_K)
+            sums = tl.dot(left, right.T, sums, input_precision=PRECISION, out_dtype=dtype)
+        parts = parts_of(sums, PARTS, BY_ROWS)
+        for i in tl.static_range(PARTS):
+            row = first_row + (i * PART_M if BY_ROWS else 0)
+            column = first_column + (0 if BY_ROWS else i * PART_N)
+            columns = column + tl.arange(0, PART_N)
+            bias = tl.load(Bias + columns, mask=columns < n_columns, other=0.0)
+            part = parts[i] + bias.to(dtype)[None, :]
+            if H is not None:
+                store(h, row, column, part.to(H.dtype.element_ty), TMA)
+            part = activate(part, ACTIVATION)
+            if Seed is not None:
+                rows = row + tl.arange(0, PART_M)[:, None]
+                position, sequence = token_coordinates(
+                    rows, rows < n_rows, RowIndex, row_period, BATCH_FIRST
+                )
+                group = first_group + column // 8
+                kept = tile_kept(seed, site, position, sequence, group, threshold, PART_N)
+                part = tl.where(kept, part, 0.0) * scale
+            store(a, row, column, part.to(A.dtype.element_ty), TMA)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def hidden_gradient_kernel(
+    dY,  # [n_rows, depth]
+    W,  # [depth, n_columns]
+    Saved,  # [n_rows, n_columns], contiguous: a if FROM_OUTPUT, else h
+    dH,  # like Saved
+    A,  # like Saved, or None: m * act(h) again; may be Saved
+    dBiasParts,  # [parts along the rows, n_columns]
+    Seed,  # [1] int64, or None: nothing drops
+    RowIndex,  # [n_rows] int32, or None
+    n_rows,
+    n_columns,
+    depth,
+    left_stride,
+    left_column_stride,
+    right_stride,
+    right_column_stride,
+    first_group,
+    site,
+    threshold,
+    scale: tl.float64,
+    row_period,
+    BATCH_FIRST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+):
+    """dh = m * (dy w) * act'(h), with the m of forward made again, and the column sums of tiles.
+
+    From the output of relu it is scale * (dy w) where a is not zero. A program works as in
+    ``activate_kernel``.
+    """
+    tl.static_assert(not FROM_OUTPUT or (ACTIVATION == "relu" and Seed is None and A is None))
+    dtype: tl.constexpr = tl.float64 if dH.dtype.element_ty == tl.float64 else tl.float32
+    PART_M: tl.constexpr = BLOCK_M // PARTS if BY_ROWS else BLOCK_M
+    PART_N: tl.constexpr = BLOCK_N if BY_ROWS else BLOCK_N // PARTS
+    dy = matrix(dY, n_rows, depth, left_stride, left_column_stride, TMA, BLOCK_M, BLOCK_K)
+    w = matrix(W, depth, n_columns, right_stride, right_column_stride, TMA, BLOCK_K, BLOCK_N)
+    s = matrix(Saved, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    dh = matrix(dH, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    if A is not None:
+        a = matrix(A, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    if Seed is not None:
+        seed = tl.load(Seed)
+    scale = tl.full([], scale, dtype)
+    tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_columns, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_row, first_column = tile_origin(tile, n_rows, n_columns, BLOCK_M, BLOCK_N)
+        sums = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        for k in range(0, depth, BLOCK_K):
+            left = load(dy, first_row, k, TMA, BLOCK_M, BLOCK_K)
+            right = load(w, k, first_column, TMA, BLOCK_K, BLOCK_N)
+            sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=dtype)
+        parts = parts_of(sums, PARTS, BY_ROWS)
+        for i in tl.static_range(PARTS):
+            row = first_row + (i * PART_M if BY_ROWS else 0)
+            column = first_column + (0 if BY_ROWS else i * PART_N)
+            part = parts[i]
+            saved = load(s, row, column, TMA, PART_M, PART_N).to(dtype)
+            if FROM_OUTPUT:
+                part = tl.where(saved == 0.0, 0.0, part) * scale
+            else:
+                saved = in_threads_of(part, saved)
+                part = activation_backward(part, saved, ACTIVATION)
+                if A is not None:
+                    again = activate(saved, ACTIVATION)
+                if Seed is not None:
+                    rows = row + tl.arange(0, PART_M)[:, None]
+                    position, sequence = token_coordinates(
+                        rows, rows < n_rows, RowIndex, row_period, BATCH_FIRST
+                    )
+                    group = first_group + column // 8
+                    kept = tile_kept(seed, site, position, sequence, group, threshold, PART_N)
+                    part = tl.where(kept, part, 0.0) * scale
+                    if A is not None:
+                        again = tl.where(kept, again, 0.0) * scale
+                if A is not None:
+                    store(a, row, column, again.to(A.dtype.element_ty), TMA)
+            store(dh, row, column, part.to(dH.dtype.element_ty), TMA)
+            columns = column + tl.arange(0, PART_N)
+            place = (row // PART_M).to(tl.int64) * n_columns + columns
+            tl.store(dBiasParts + place, tl.sum(part, 0), mask=columns < n_columns)
+
+
+# ------------------------------------------------------------------------------------- launchers
+
+
+class FusedProducts(FeedForward):
+    """The block whose steps around the activation are products with an epilogue."""
+
+    def hidden(self, input: Tensor, arguments: FeedForwardArguments) -> Tensor:
+        plain = arguments._replace(activation="identity", dropout=TokenDropout())
+        return self.activate(input, plain, None)
+
+    def activate(
+        self, input: Tensor, arguments: FeedForwardArguments, hidden: Tensor | None
+    ) -> Tensor:
+        weight1, bias1, _, _, activation, dropout = arguments
+        a = input.new_empty(input.shape[0], weight1.shape[0]) if hidden is None else hidden
+        h = None
+        if hidden is not None and activation != "relu":
+            a, h = torch.empty_like(hidden), hidden
+        if a.numel() == 0:
+            return a
+        bias1 = a.new_zeros(a.shape[1]) if bias1 is None else bias1.contiguous()
+        config = _config(a, activation == "relu")
+        _launch(
+            activate_kernel,
+            (input, weight1),
+            (a,) if h is None else (a, h),
+            config,
+            (input, weight1, bias1, h, a),
+            dropout,
+            input.shape[1],
+            ACTIVATION=activation,
+        )
+        return a
+
+    def hidden_gradient(
+        self,
+        grad_out: Tensor,
+        arguments: FeedForwardArguments,
+        hidden: Tensor | None,
+        activated: Tensor | None,
+        want_bias1: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        _, _, weight2, _, activation, dropout = arguments
+        from_output = activation == "relu"
+        if not _fits_epilogue(grad_out.device, activation):
+            return super().hidden_gradient(grad_out, arguments, hidden, activated, want_bias1)
+        saved, again = (activated, None) if from_output else (hidden, activated)
+        dropout = TokenDropout(dropout.dropout_p) if from_output else dropout
+        d_hidden = torch.empty_like(saved)
+        wide = torch.promote_types(saved.dtype, torch.float32)
+        config = _config(saved, False)
+        n_parts = triton.cdiv(saved.shape[0], config.BLOCK_M) * (
+            config.PARTS if config.BY_ROWS else 1
+        )
+        parts = saved.new_empty(n_parts, saved.shape[1], dtype=wide)
+        d_bias1 = saved.new_empty(saved.shape[1], dtype=wide) if want_bias1 else None
+        if saved.numel() == 0:
+            return d_hidden, None if d_bias1 is None else d_bias1.zero_()
+        _launch(
+            hidden_gradient_kernel,
+            (grad_out, weight2),
+            (saved, d_hidden) if again is None else (saved, d_hidden, again),
+            config,
+            (grad_out, weight2, saved, d_hidden, again, parts),
+            dropout,
+            grad_out.shape[1],
+            ACTIVATION=activation,
+            FROM_OUTPUT=from_output,
+        )
+        if want_bias1:
+            with torch.cuda.device_of(saved):
+                sum_parts((parts,), (d_bias1,))
+        return d_hidden, d_bias1
+
+
+_block = FusedProducts()
+feed_forward_forward = _block.feed_forward_forward
+feed_forward_backward = _block.feed_forward_backward
+
+
+def _config(hidden: Tensor, has_light_epilogue: bool) -> Config:
+    """The tile for an architecture: the widest whose epilogue neither spills nor exchanges."""
+    major = capability(hidden.device)[0]
+    if major == 9:
+        return Config(128, 256, 64, 8, 3, 4, BY_ROWS=False)
+    if major == 10:
+        return Config(128, 256 if has_light_epilogue else 128, 64, 8, 3, 1, BY_ROWS=False)
+    return Config(256, 64, 32, 4, 4, 4, BY_ROWS=True)  # so that all four warps lie along the rows
+
+
+def _fits_epilogue(device: torch.device, activation: str) -> bool:
+    """Whether registers hold the epilogue of backward; before Hopper that of relu alone."""
+    return activation == "relu" or capability(device)[0] in (9, 10)
+
+
+def _launch(
+    kernel: Any,
+    factors: tuple[Tensor, Tensor],
+    hidden: tuple[Tensor, ...],
+    config: Config,
+    tensors: tuple[Tensor | None, ...],
+    dropout: TokenDropout,
+    depth: int,
+    **constants: Any,
+) -> None:
+    """Run a kernel on the tiles of (tokens, d_ff) tensors.
+
+    Args:
+        factors: of the product.
+        hidden: all tensors of the hidden width.
+        tensors: the kernel's first arguments.
+        depth: the dimension that the product sums over.
+    """
+    n_rows, n_columns = hidden[0].shape
+    tiles = triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_columns, config.BLOCK_N)
+    device = hidden[0].device
+    resident = multiprocessors(device) * (8 // config.num_warps)
+    drops = dropout.drops and dropout.seed is not None
+    row_index = dropout.row_index if drops else None
+    arguments = {
+        "Seed": dropout.seed if drops else None,
+        "RowIndex": None if row_index is None else row_index.contiguous(),
+        "n_rows": n_rows,
+        "n_columns": n_columns,
+        "depth": depth,
+        "first_group": dropout.column_offset // 8,
+        "site": dropout.site,
+        "threshold": threshold(dropout.dropout_p),
+        "scale": dropout.scale,
+        "row_period": max(dropout.row_period, 1),
+        "BATCH_FIRST": dropout.batch_first,
+        "PRECISION": "ieee",
+        "TMA": capability(device)[0] in (9, 10) and all(map(_fits_descriptor, factors + hidden)),
+        **config._asdict(),
+        **constants,
+    }
+    names = ("left_stride", "left_column_stride", "right_stride", "right_column_stride")
+    strides = dict(zip(names, (*factors[0].stride(), *factors[1].stride()), strict=True))
+
+    def run() -> None:
+        triton.set_allocator(lambda size, *_: hidden[0].new_empty(size, dtype=torch.int8))
+        kernel[(min(tiles, resident),)](*tensors, **strides, **arguments)
+
+    with torch.cuda.device_of(hidden[0]):
+        contextvars.copy_context().run(run)  # so that the allocator is nobody else's
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for (rows, columns)."""
+    if x.stride(1) != 1 or x.data_ptr() % ALIGNMENT or 0 in x.shape:
+        return False
+    return x.stride(0) * x.element_size() % ALIGNMENT == 0
