@@ -11,6 +11,7 @@ from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
+from fastattn.tuning import tune
 
 __version__ = "0.1.0.dev0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "explain",
     "feed_forward",
     "layer_norm",
+    "tune",
     "use_backend",
 ]

@@ -39,7 +39,7 @@ def report() -> str:
     for op in dispatch.BACKENDS:
         lines.append(f"  {op}")
         for backend, reason in dispatch.reasons_of(op, device).items():
-            lines.append(f"    {backend:<8} {'yes' if reason is None else f'no: {reason}'}")
+            lines.append(f"    {backend:<11} {'yes' if reason is None else f'no: {reason}'}")
     return "\n".join(lines)
 
 

@@ -15,18 +15,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import dispatch, dropout, fallback, masks, packing
 from fastattn.norms import FusedLayerNorm
-from fastattn.ops._library import autocast_dtype, transforms_active
+from fastattn.ops._library import autocast_dtype, check_save, transforms_active
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
-from fastattn.ops.feed_forward import feed_forward, linear
-from fastattn.ops.layer_norm import check_save, layer_norm, why_not_from_output
+from fastattn.ops.feed_forward import check_chunk_tokens, feed_forward, linear
+from fastattn.ops.layer_norm import layer_norm, why_not_from_output
 
 __all__ = ["FusedEncoderLayer"]
 
 
 #: What a layer may keep for backward.
-SAVE_LEVELS = ("default", "lean")
+SAVE_LEVELS = ("default", "lean", "recompute")
 
 
 class Layout(NamedTuple):
@@ -77,7 +77,12 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             divides by the norms' weights; whether these allow it is checked where ``save`` is
             assigned and after ``load_state_dict``; a norm whose weights do not keeps its sum, with
             a warning. Weights that come close to zero later give wrong gradients: assign ``save``
-            again to have them checked. There are no second derivatives.
+            again to have them checked. There are no second derivatives. Or ``"recompute"``: as
+            ``"lean"``, and the feed-forward block keeps only its input, in 16 bits
+            2 dim_feedforward bytes a token less for one more product.
+        chunk_tokens: let the feed-forward block handle so many tokens at a time; with
+            ``"recompute"`` no tensor of the width dim_feedforward then has more rows than that,
+            and steps fit whose temporary tensors would not. None: all at once.
 
     The other arguments are those of the parent class.
     """
@@ -86,6 +91,7 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
     layer_index = 0
 
     _save = "default"
+    _chunk_tokens: int | None = None
     _from_output: frozenset[str] = frozenset()  # the norms that keep their result
 
     def __init__(
@@ -103,17 +109,19 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         dtype: torch.dtype | None = None,
         *,
         save: str = "default",
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
             norm_first, bias, device, dtype,
         )  # fmt: skip
         self.save = save
+        self.chunk_tokens = chunk_tokens
         self.register_load_state_dict_post_hook(_check_norms)
 
     @property
     def save(self) -> str:
-        """What backward keeps: ``"default"`` or ``"lean"``."""
+        """What backward keeps: ``"default"``, ``"lean"`` or ``"recompute"``."""
         return self._save
 
     @save.setter
@@ -121,6 +129,16 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         check_save(level, SAVE_LEVELS)
         self._save = level
         _check_norms(self)
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens that the feed-forward block handles at a time; None: all."""
+        return self._chunk_tokens
+
+    @chunk_tokens.setter
+    def chunk_tokens(self, tokens: int | None) -> None:
+        check_chunk_tokens(tokens)
+        self._chunk_tokens = tokens
 
     def forward(
         self,
@@ -363,7 +381,14 @@ class _Call:
         }
         if not any(reasons.values()):
             weights = (linear1.weight, linear1.bias, linear2.weight)
-            out = feed_forward(x, *weights, activation=activation, **options)
+            out = feed_forward(
+                x,
+                *weights,
+                activation=activation,
+                save="input" if layer.save == "recompute" else "hidden",
+                chunk_tokens=layer.chunk_tokens,
+                **options,
+            )
             return Branch(out, linear2.bias, layer.dropout2)
         for part in ("linear1", "activation", "dropout"):
             if reasons[part] is not None:

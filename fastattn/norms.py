@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.ops.layer_norm import SAVE_LEVELS, check_save, layer_norm, why_not_from_output
+from fastattn.ops._library import check_save
+from fastattn.ops.layer_norm import SAVE_LEVELS, layer_norm, why_not_from_output
 
 __all__ = ["FusedLayerNorm"]
 

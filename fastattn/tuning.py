@@ -110,7 +110,7 @@ def tune(
         reason = dispatch.why_not("feed_forward", backend, device, **facts)
         if reason is not None:
             raise RuntimeError(f"tune: device={str(device)!r} cannot run {backend}: {reason}")
-    before = _read(Path(write)) if write is not None and Path(write).exists() else []
+    before = [] if write is None else _read_if_there(Path(write))
     entries = [
         _measure(d_model, dim_feedforward, size, activation, dtype, dropout_p, device)
         for size in sizes
@@ -256,6 +256,13 @@ def _circumstances(device: torch.device, tokens: int, dropout_p: float) -> dict[
 
 
 # ---------------------------------------------------------------------------------------- files
+
+
+def _read_if_there(path: Path) -> list[Entry]:
+    """What a file holds already; an error before anything is measured where none could be made."""
+    if not path.parent.is_dir():
+        raise ValueError(f"write must be in a folder that exists, but got {str(path)!r}")
+    return _read(path) if path.exists() else []
 
 
 def _read(path: Path) -> list[Entry]:

@@ -26,14 +26,17 @@ ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "se
 # ------------------------------------------------------------------------- construction and state
 
 
-@pytest.mark.parametrize(("method", "added"), [("__init__", "save"), ("forward", "seed")])
+@pytest.mark.parametrize(
+    ("method", "added"), [("__init__", ["save", "chunk_tokens"]), ("forward", ["seed"])]
+)
 def test_signatures_extend_torchs(method, added):
     theirs = inspect.signature(getattr(nn.TransformerEncoderLayer, method)).parameters
     ours = list(inspect.signature(getattr(FusedEncoderLayer, method)).parameters.values())
-    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [
+    assert [(p.name, p.default, p.kind) for p in ours[: -len(added)]] == [
         (p.name, p.default, p.kind) for p in theirs.values()
     ]
-    assert (ours[-1].name, ours[-1].kind) == (added, inspect.Parameter.KEYWORD_ONLY)
+    assert [p.name for p in ours[-len(added) :]] == added
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[-len(added) :])
 
 
 def test_every_constructor_argument_by_position_and_by_keyword():
@@ -615,6 +618,34 @@ def test_lean_layers_keep_results_of_norms_and_give_the_same(norm_first):
         assert saved == default - 2 * rows * WIDTH - 2 * rows
     else:  # two sums, of which the result takes the place of one
         assert saved == default - rows * WIDTH - 2 * rows
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@BOTH
+def test_recomputing_layers_keep_no_hidden_features_and_give_the_same(norm_first, activation):
+    _, layer = pair(norm_first=norm_first, activation=activation)
+    src = tokens(3, 9)
+    layer.save = "lean"
+    lean, expected = helpers.saved_bytes(lambda: layer(src)), gradients(layer, src)
+    layer.save = "recompute"
+    hidden = 3 * 9 * layer.linear1.out_features * src.itemsize
+    assert helpers.saved_bytes(lambda: layer(src)) == lean - hidden
+    assert_equal_runs(gradients(layer, src), expected)
+    for tokens_at_a_time in (4, 27, None):
+        layer.chunk_tokens = tokens_at_a_time
+        assert_equal_runs(gradients(layer, src), expected)
+    twin = pickle.loads(pickle.dumps(layer))
+    assert (twin.save, twin.chunk_tokens) == ("recompute", None)
+
+
+def test_wrong_chunks_are_named():
+    for wrong, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="chunk_tokens"):
+            FusedEncoderLayer(16, 2, chunk_tokens=wrong)
+    layer = FusedEncoderLayer(16, 2, chunk_tokens=3)
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        layer.chunk_tokens = 0
+    assert layer.chunk_tokens == 3
 
 
 def test_norms_whose_weights_forbid_it_keep_their_sum():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +83,33 @@ def providers(build_layer) -> tuple[Provider, ...]:
             ("fastattn", FusedEncoderLayer),
         )
     )
-    return (*with_compiled(stock), hand_written, *with_compiled(ours))
+    levels = (
+        Provider(
+            f"fastattn {save}",
+            functools.partial(build_level, build_layer, save),
+            why_not=why_not_level,
+            quick=False,
+        )
+        for save in ("lean", "recompute")
+    )
+    return (*with_compiled(stock), hand_written, *with_compiled(ours), *levels)
+
+
+def build_level(
+    build_layer: Callable[[type[nn.TransformerEncoderLayer], Case], nn.Module],
+    save: str,
+    case: Case,
+) -> nn.Module:
+    """Ours, keeping less for backward."""
+    module = build_layer(FusedEncoderLayer, case)
+    for layer in module.modules():
+        if isinstance(layer, FusedEncoderLayer):
+            layer.save = save
+    return module
+
+
+def why_not_level(case: Case, device: str) -> str | None:
+    return "levels of what is kept are compared on GPUs only" if device == "cpu" else None
 
 
 OP = Op(

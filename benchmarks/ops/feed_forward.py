@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
+from fastattn import dispatch, tuning
 from fastattn.dropout import draw_seed
 
 from ..cases import Case, Cost, Op, Provider, with_compiled
@@ -39,6 +41,9 @@ class NaiveDropout(Eager):
 
 
 class Fastattn(Eager):
+    save = "hidden"
+    backend: str | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         return fastattn.feed_forward(
             input,
@@ -49,7 +54,35 @@ class Fastattn(Eager):
             activation=self.activation,
             dropout_p=self.p,
             seed=draw_seed(input.device) if self.p else None,
+            save=self.save,
+            backend=self.backend,
         )
+
+
+class FastattnRecompute(Fastattn):
+    save = "input"
+
+
+class FastattnGemm(Fastattn):
+    backend = "triton_gemm"
+
+
+def why_not_gemm(case: Case, device: str) -> str | None:
+    """Why Triton's own products cannot run, or are what dispatch chooses anyway."""
+    facts = {
+        "dtypes": (torch.bfloat16 if case.precision == "autocast" else case.dtype,),
+        "widths": (case.d_model, case.dim_feedforward, case.d_model),
+        "tokens": case.rows,
+        "activation": case.activation,
+    }
+    reason = dispatch.why_not("feed_forward", "triton_gemm", torch.device(device), **facts)
+    if reason is None and tuning.why_not_chosen(torch.device(device), **facts) is None:
+        return "it is what fastattn chooses here"
+    return reason
+
+
+def why_not_recompute(case: Case, device: str) -> str | None:
+    return "levels of what is kept are compared on GPUs only" if device == "cpu" else None
 
 
 def cost(case: Case) -> dict[str, Cost]:
@@ -88,6 +121,8 @@ OP = Op(
         *with_compiled(Provider("eager", Eager)),
         Provider("naive dropout kernel", NaiveDropout, why_not=why_not_naive_dropout),
         *with_compiled(Provider("fastattn", Fastattn)),
+        Provider("fastattn triton_gemm", FastattnGemm, why_not=why_not_gemm),
+        Provider("fastattn recompute", FastattnRecompute, why_not=why_not_recompute, quick=False),
     ),
     inputs=lambda case: {"input": (case.batch, case.sequence, case.d_model)},
     cost=cost,

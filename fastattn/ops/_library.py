@@ -184,6 +184,12 @@ def check_floating(name: str, dtype: torch.dtype | None) -> None:
         raise mismatch(name, "floating point", dtype)
 
 
+def check_save(save: str, levels: tuple[str, ...]) -> None:
+    """Raise unless ``save`` is one of ``levels``."""
+    if save not in levels:
+        raise mismatch("save", f"one of {levels}", repr(save))
+
+
 def check_dropout(dropout_p: float, seed: Tensor | None, site: int, input: Tensor) -> None:
     """Raise unless ``dropout_p`` is a probability and its decisions are well defined."""
     if not isinstance(dropout_p, (int, float)):

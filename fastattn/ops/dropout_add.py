@@ -18,6 +18,7 @@ from fastattn.ops._library import (
     check_dropout,
     check_floating,
     check_rows,
+    check_save,
     check_vector,
     column_sum,
     define,
@@ -32,7 +33,6 @@ from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
 from fastattn.ops.dropout import TokenDropout, token_dropout
 from fastattn.ops.layer_norm import (
     check_norm,
-    check_save,
     check_second_order,
     dtypes_of,
     leaves_it_to_torch,

@@ -19,6 +19,7 @@ from fastattn.ops._library import (
     autocast_dtype,
     check_dropout,
     check_rows,
+    check_save,
     check_vector,
     define,
     differentiable_gradients,
@@ -89,7 +90,8 @@ def feed_forward(
         tensors = tuple(None if x is None else x.to(dtype) for x in tensors)
     input, weight1, bias1, weight2, bias2 = tensors
     _check(*tensors, activation)
-    check_levels(save, SAVE_LEVELS, chunk_tokens)
+    check_save(save, SAVE_LEVELS)
+    check_chunk_tokens(chunk_tokens)
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
@@ -113,10 +115,8 @@ def feed_forward(
     return apply(_FeedForward, *tensors, *options)
 
 
-def check_levels(save: str, levels: tuple[str, ...], chunk_tokens: int | None) -> None:
-    """Raise unless ``save`` is one of ``levels`` and ``chunk_tokens`` None or at least 1."""
-    if save not in levels:
-        raise mismatch("save", f"one of {levels}", repr(save))
+def check_chunk_tokens(chunk_tokens: int | None) -> None:
+    """Raise unless it is None or at least 1."""
     if chunk_tokens is None:
         return
     if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):

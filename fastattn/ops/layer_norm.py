@@ -11,10 +11,10 @@ from fastattn.ops._library import (
     apply,
     check_floating,
     check_rows,
+    check_save,
     check_vector,
     define,
     differentiable_gradients,
-    mismatch,
     needs_composite,
     recall,
     remember,
@@ -91,12 +91,6 @@ def why_not_from_output(weight: Tensor | None, bias: Tensor | None) -> str | Non
 
 #: Weights below it would take a result in fp16 to subnormal numbers.
 MIN_WEIGHT = 2.0**-10
-
-
-def check_save(save: str, levels: tuple[str, ...]) -> None:
-    """Raise unless ``save`` is one of ``levels``."""
-    if save not in levels:
-        raise mismatch("save", f"one of {levels}", repr(save))
 
 
 def leaves_it_to_torch(backend: str, dtype: torch.dtype, save: str) -> bool:

@@ -422,7 +422,7 @@ def _config(hidden: Tensor, has_light_epilogue: bool) -> Config:
 
 
 def _fits_epilogue(device: torch.device, activation: str) -> bool:
-    """Whether registers hold the epilogue of backward; before Hopper that of relu alone."""
+    """Whether registers hold the epilogue of backward; without descriptors that of relu alone."""
     return activation == "relu" or capability(device)[0] in (9, 10)
 
 
