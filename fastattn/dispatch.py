@@ -192,9 +192,11 @@ def _unconditional(op: str, device: str) -> str | None:
         best = next(
             name
             for name, entry in _registry[op].items()
-            if _DEVICES.get(name, device) == device and entry.unasked is None
+            if _DEVICES.get(name, device) == device and not isinstance(entry.unasked, str)
         )
-        _always[op, device] = best if _registry[op][best].why_not is _can_always else None
+        entry = _registry[op][best]
+        takes_all = entry.why_not is _can_always and entry.unasked is None
+        _always[op, device] = best if takes_all else None
     return _always[op, device]
 
 

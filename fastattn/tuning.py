@@ -10,9 +10,8 @@ import datetime
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ ROUNDS = 7
 LEAST_SPEEDUP = 1.02  # of the candidate over the anchor, in the median, to be chosen
 
 _FORMAT = "fastattn-tuning 1"
+_KINDS = {"str": str, "int": int, "float": (float, int), "tuple": tuple, "dict": dict}
 _SHIPPED = Path(__file__).with_name("tuned.json")
 
 
@@ -57,7 +57,9 @@ class Entry:
         )
 
 
-_table: dict[tuple, Entry] = {}
+#: Why a measured kind of call does not take the candidate, None where it does. Words, not figures:
+#: the compiler may take a figure that changes for a symbol, which no message can hold.
+_table: dict[tuple, str | None] = {}
 
 
 def load(path: str | os.PathLike[str]) -> list[Entry]:
@@ -67,8 +69,15 @@ def load(path: str | os.PathLike[str]) -> list[Entry]:
         OSError: the file cannot be read.
         ValueError: it is no such file; the message names it.
     """
-    entries = _read(Path(path))
-    _table.update((entry.key, entry) for entry in entries)
+    return _take(_read(Path(path)))
+
+
+def _take(entries: list[Entry]) -> list[Entry]:
+    """Choose by these measurements from now on."""
+    for entry in entries:
+        gpu = entry.measured.get("gpu", entry.architecture)
+        slower = f"measured at {entry.speedup} times the speed of {ANCHOR} on {gpu}"
+        _table[entry.key] = None if entry.speedup >= LEAST_SPEEDUP else slower
     return entries
 
 
@@ -102,10 +111,18 @@ def tune(
         RuntimeError: there is no such GPU, or one of both ways cannot run there.
     """
     from fastattn import dispatch
+    from fastattn.ops.bias_activation_dropout import check_activation
 
     device = torch.device(device)
     sizes = _checked_sizes(d_model, dim_feedforward, tokens)
-    facts = {"dtypes": (dtype,), "activation": activation}
+    check_activation(activation)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, but got {dropout_p!r}")
+    facts = {
+        "dtypes": (dtype,),
+        "activation": activation,
+        "widths": (d_model, dim_feedforward, d_model),
+    }
     for backend in (CANDIDATE, ANCHOR):
         reason = dispatch.why_not("feed_forward", backend, device, **facts)
         if reason is not None:
@@ -117,8 +134,7 @@ def tune(
     ]
     if write is not None:
         _write(Path(write), {entry.key: entry for entry in (*before, *entries)}.values())
-    _table.update((entry.key, entry) for entry in entries)
-    return entries
+    return _take(entries)
 
 
 def why_not_chosen(
@@ -136,23 +152,16 @@ def why_not_chosen(
     bucket = next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
     if len(widths) != 3 or widths[0] != widths[2]:
         return "no measurement is of a block with these widths"
-    entry = _table.get((architecture(device), name, activation, *widths[:2], bucket))
-    if entry is None:
-        return "no measurement is of this call (fastattn.tune makes one)"
-    if entry.speedup < LEAST_SPEEDUP:
-        gpu = entry.measured.get("gpu", entry.architecture)
-        return f"measured at {entry.speedup:.2f} times the speed of {ANCHOR} on {gpu}"
-    return None
+    key = (architecture(device), name, activation, *widths[:2], bucket)
+    return _table.get(key, "no measurement is of this call (fastattn.tune makes one)")
 
 
 def architecture(device: torch.device) -> str:
     """Such as ``"sm_90"``; ``"cpu"`` where Triton's interpreter runs."""
-    if device.type != "cuda":
-        return device.type
-    return _architecture(device.index or 0)
+    return _architecture(device.index) if device.type == "cuda" else device.type
 
 
-def _architecture(index: int) -> str:
+def _architecture(index: int | None) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
 
 
@@ -164,11 +173,13 @@ _architecture._dynamo_marked_constant = True
 
 
 def _checked_sizes(d_model: int, dim_feedforward: int, tokens: Iterable[int]) -> list[int]:
+    if not isinstance(tokens, Iterable):
+        raise ValueError(f"tokens must be numbers of tokens, but got {tokens!r}")
     sizes = list(tokens)
     named = {"d_model": [d_model], "dim_feedforward": [dim_feedforward], "tokens": sizes}
     for name, numbers in named.items():
         for number in numbers:
-            if not isinstance(number, int) or number < 1:
+            if type(number) is not int or not 1 <= number <= BUCKETS[-1]:
                 raise ValueError(f"{name} must be at least 1, but got {number!r}")
     if not sizes:
         raise ValueError("tokens must hold at least one number")
@@ -270,9 +281,18 @@ def _read(path: Path) -> list[Entry]:
         content = json.loads(path.read_text("utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        return [Entry(**{**row, "rounds": tuple(row["rounds"])}) for row in content["entries"]]
+        return [_entry(row) for row in content["entries"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no measurements of fastattn.tune: {error}") from error
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    entry = Entry(**{**row, "rounds": tuple(row["rounds"])})
+    for field in fields(Entry):
+        value, kind = getattr(entry, field.name), _KINDS[field.type.partition("[")[0]]
+        if not isinstance(value, kind):
+            raise TypeError(f"{field.name} is {value!r}")
+    return entry
 
 
 def _write(path: Path, entries: Iterable[Entry]) -> None:
@@ -280,14 +300,12 @@ def _write(path: Path, entries: Iterable[Entry]) -> None:
     rows: Sequence[dict] = [asdict(entry) for entry in sorted(entries, key=lambda e: e.key)]
     text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     body = f'{{"format": "{_FORMAT}", "entries": [\n{text}\n]}}\n'
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
-    ) as file:
-        file.write(body)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
+        new.write_text(body, "utf-8")
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
         raise
 
 

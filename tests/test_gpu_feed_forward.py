@@ -190,12 +190,11 @@ def identity_block(width: int, dtype: torch.dtype, **options: Any) -> Callable[.
 
     Gives its output and its second weight.
     """
-    eye, zeros = torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    weights = [x.to(DEVICE) for x in (eye, zeros, eye)]
-    weights[2].requires_grad_()
+    weight1, weight2 = (torch.eye(width, dtype=dtype, device=DEVICE) for _ in range(2))
+    weights = (weight1, torch.zeros_like(weight1[0]), weight2.requires_grad_())
     seed = seed_tensor().to(DEVICE)
     block = partial(feed_forward, dropout_p=0.1, seed=seed, site=SITE, **options)
-    return lambda x: (block(x, *weights), weights[2])
+    return lambda x: (block(x, *weights), weight2)
 
 
 @every_level
@@ -396,6 +395,5 @@ def test_a_layer_takes_what_was_measured_as_faster(monkeypatch: pytest.MonkeyPat
     assert entry.architecture == "sm_{}{}".format(*torch.cuda.get_device_capability(DEVICE))
     assert len(entry.rounds) == tuning.ROUNDS and min(entry.rounds) > 0
     for speedup, taken in ((2.0, "triton_gemm"), (0.5, "triton")):
-        measured = {entry.key: replace(entry, speedup=speedup)}
-        monkeypatch.setattr(tuning, "_table", measured)
+        tuning._take([replace(entry, speedup=speedup)])
         assert f"feed_forward: {taken}" in str(explain(layer, x)).split("\n")

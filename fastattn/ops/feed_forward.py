@@ -171,11 +171,11 @@ def why_not_triton_gemm(
         if dtype not in (torch.float16, torch.bfloat16) and device.type != "cpu":
             return f"its products take fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
         if any(width * dtype.itemsize % 16 for width in widths):
-            return f"rows must be multiples of 16 bytes; the widths are {widths}"
+            return "d, d_ff and d_out must be multiples of 16 bytes"
     if not has_adjacent_columns:
         return "weight1 and weight2 must have adjacent columns"
     if column_offset % 64:
-        return f"column_offset must be a multiple of 64, not {column_offset}"
+        return "column_offset must be a multiple of 64"
     return dispatch.why_not_triton(device)
 
 

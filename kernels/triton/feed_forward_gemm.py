@@ -1,7 +1,7 @@
 """The feed-forward block with its middle in the epilogues of two matrix products.
 
-The hidden features meet bias, activation and dropout while they are still fp32 accumulators. So
-forward writes them once and reads them once less than cuBLAS and a kernel; backward likewise.
+The hidden features meet bias, activation and dropout while they are still fp32 sums in registers.
+So forward neither writes nor reads them between two kernels, and backward not their gradient.
 
 The dropout contract decides the columns n, n + 8, ..., n + 56 of a block of 64 by one call of
 Philox. Tiles are a multiple of 64 columns wide and all warps lie along the rows, so that the thread
@@ -42,8 +42,8 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    PARTS: int  # of a tile, whose epilogues follow each other: registers do not hold all at once
-    BY_ROWS: bool
+    PARTS: int  # 1 or 4, whose epilogues follow each other where registers do not hold all at once
+    BY_ROWS: bool  # how a tile is cut into them: without moving a value between threads
 
 
 # ---------------------------------------------------------------------------------------- tiles
@@ -114,11 +114,9 @@ def halves(tile, BY_ROWS: tl.constexpr):
 
 @triton.jit
 def parts_of(tile, PARTS: tl.constexpr, BY_ROWS: tl.constexpr):
-    """One, two or four equal parts of a tile, in order."""
+    """The tile itself, or its four equal parts in order."""
     if PARTS == 1:
         return (tile,)
-    elif PARTS == 2:
-        return halves(tile, BY_ROWS)
     else:
         tl.static_assert(PARTS == 4)
         one, two = halves(tile, BY_ROWS)

@@ -13,7 +13,7 @@ from feed_forward_checks import EAGER, LAYOUTS, P, check, seed_tensor
 from sanitizer import Sanitizer
 from torch import Tensor
 
-from fastattn import FusedEncoderLayer, explain, feed_forward, use_backend
+from fastattn import FusedEncoderLayer, explain, feed_forward, tuning, use_backend
 from fastattn.kernels import feed_forward_gemm as gemm
 from fastattn.ops.dropout import TokenDropout
 
@@ -249,7 +249,10 @@ def test_programs_go_from_tile_to_tile(monkeypatch) -> None:
     ("changes", "reason"),
     [
         ({"weight1": torch.randn(36, 40), "weight2": torch.randn(24, 36)}, None),
-        ({"weight1": torch.randn(33, 40), "weight2": torch.randn(24, 33)}, "multiples of 16 bytes"),
+        (
+            {"weight1": torch.randn(33, 40), "weight2": torch.randn(24, 33)},
+            "d_ff.*multiples of 16 bytes",
+        ),
         ({"weight1": torch.randn(40, 136).t()}, "adjacent columns"),
         ({"column_offset": 32}, "column_offset must be a multiple of 64"),
     ],
@@ -263,6 +266,31 @@ def test_why_it_cannot(changes: dict[str, Any], reason: str | None) -> None:
     arguments["bias1"] = None
     with pytest.raises(RuntimeError, match=f"triton_gemm.*{reason}"):
         feed_forward(**arguments, backend="triton_gemm")
+
+
+def test_without_a_measurement_torchs_products_are_taken() -> None:
+    layer = FusedEncoderLayer(16, 2, 48, batch_first=True)
+    choice = next(c for c in explain(layer, torch.randn(2, 5, 16)) if c.part == "feed_forward")
+    assert choice.taken == "triton"
+    assert "no measurement" in choice.why_not["triton_gemm"]
+
+
+@pytest.mark.parametrize("speedup", [1.5, 0.9])
+def test_a_measurement_chooses(speedup: float, monkeypatch) -> None:
+    facts = ("cpu", "float32", "gelu", 40, 136, 1024)
+    entry = tuning.Entry(*facts, speedup, (speedup,), {"gpu": "this one"})
+    monkeypatch.setattr(tuning, "_table", {})
+    tuning._take([entry])
+    inputs = {**make_inputs(d_out=40), "activation": "gelu"}
+    with torch.no_grad():
+        expected = feed_forward(**inputs, backend="triton_gemm" if speedup > 1 else "triton")
+        assert torch.equal(feed_forward(**inputs), expected)
+        for other in ({"activation": "relu"}, {"input": torch.randn(2000, 40)}):
+            arguments = {**inputs, **other}
+            found, plain = feed_forward(**arguments), feed_forward(**arguments, backend="triton")
+            assert torch.equal(found, plain)
+    compiled = torch.compile(feed_forward, fullgraph=True)
+    assert torch.equal(compiled(**inputs), expected)
 
 
 # ----------------------------------------------------------------------------- memory, registration
