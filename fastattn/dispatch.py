@@ -50,6 +50,7 @@ class Backend:
     functions: Any
     why_not: Callable[..., str | None] = _can_always
     unasked: str | Callable[..., str | None] | None = None
+    because: Callable[..., str | None] = _can_always
 
     def why_unasked(self, device: torch.device, **facts: Any) -> str | None:
         """Why this call takes it only where it is asked for by name; None if it may."""
@@ -69,9 +70,10 @@ class Choice:
     part: str
     taken: str
     why_not: dict[str, str] = field(default_factory=dict)
+    because: str | None = None  # where a measurement decided
 
     def __str__(self) -> str:
-        lines = [f"{self.part}: {self.taken}"]
+        lines = [f"{self.part}: {self.taken}" + (f", {self.because}" if self.because else "")]
         lines += [f"    not {name}: {reason}" for name, reason in self.why_not.items()]
         return "\n".join(lines)
 
@@ -82,16 +84,17 @@ def register(
     functions: Any,
     why_not: Callable[..., str | None] | None = None,
     unasked: str | Callable[..., str | None] | None = None,
+    because: Callable[..., str | None] = _can_always,
 ) -> None:
     """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do.
 
     ``functions`` is an object that has them, or the name of a module to import when they first run.
     ``unasked``, words or ``unasked(**facts)``, is why the backend, though it can, is taken only
-    where it is asked for by name.
+    where it is asked for by name; ``because(**facts)`` is the measurement that speaks for it.
     """
     _known(op, backend)
     _always.clear()
-    _registry[op][backend] = Backend(functions, why_not or _can_always, unasked)
+    _registry[op][backend] = Backend(functions, why_not or _can_always, unasked, because)
     _registry[op] = {name: _registry[op][name] for name in BACKENDS[op] if name in _registry[op]}
 
 
@@ -157,7 +160,8 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
     taken = _select(op, tensor, backend, **facts)
     if _record is not None:
         better = BACKENDS[op][: BACKENDS[op].index(taken)]
-        note(op, taken, {n: _why_passed_over(op, n, taken, tensor.device, facts) for n in better})
+        reasons = {n: _why_passed_over(op, n, taken, tensor.device, facts) for n in better}
+        note(op, taken, reasons, _registry[op][taken].because(device=tensor.device, **facts))
     return taken
 
 
@@ -216,10 +220,10 @@ def _select(op: str, tensor: Tensor, backend: str | None, **facts: Any) -> str:
     return asked
 
 
-def note(part: str, taken: str, reasons: dict[str, str]) -> None:
+def note(part: str, taken: str, reasons: dict[str, str], because: str | None = None) -> None:
     """Record a choice for :func:`explain`; free when nothing listens."""
     if _record is not None:
-        _record.append(Choice(part, taken, reasons))
+        _record.append(Choice(part, taken, reasons, because))
 
 
 @contextlib.contextmanager

@@ -553,6 +553,7 @@ def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
     parts = layer._modules
     return (
         type(src) is Tensor
+        and layer.chunk_tokens is None
         and src.dtype in (torch.float32, torch.float64)
         and autocast_dtype(src) is None
         and not transforms_active()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -57,9 +58,9 @@ class Entry:
         )
 
 
-#: Why a measured kind of call does not take the candidate, None where it does. Words, not figures:
-#: the compiler may take a figure that changes for a symbol, which no message can hold.
-_table: dict[tuple, str | None] = {}
+#: Of every measured kind of call, whether it takes the candidate, and the figure in words: the
+#: compiler may take a number that changes for a symbol, which no message can hold.
+_table: dict[tuple, tuple[bool, str]] = {}
 
 
 def load(path: str | os.PathLike[str]) -> list[Entry]:
@@ -76,8 +77,8 @@ def _take(entries: list[Entry]) -> list[Entry]:
     """Choose by these measurements from now on."""
     for entry in entries:
         gpu = entry.measured.get("gpu", entry.architecture)
-        slower = f"measured at {entry.speedup} times the speed of {ANCHOR} on {gpu}"
-        _table[entry.key] = None if entry.speedup >= LEAST_SPEEDUP else slower
+        words = f"measured at {entry.speedup} times the speed of {ANCHOR} on {gpu}"
+        _table[entry.key] = (entry.speedup >= LEAST_SPEEDUP, words)
     return entries
 
 
@@ -116,7 +117,9 @@ def tune(
     device = torch.device(device)
     sizes = _checked_sizes(d_model, dim_feedforward, tokens)
     check_activation(activation)
-    if not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, but got {dtype!r}")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, but got {dropout_p!r}")
     facts = {
         "dtypes": (dtype,),
@@ -137,23 +140,34 @@ def tune(
     return _take(entries)
 
 
-def why_not_chosen(
+def why_not_chosen(device: torch.device, **facts: Any) -> str | None:
+    """Why a call does not take the candidate: no measurement, or one that is against it."""
+    if not _table:
+        return "no measurement names it (fastattn.tune makes one)"
+    chosen, words = _measured(device, **facts)
+    return None if chosen else words
+
+
+def why_chosen(device: torch.device, **facts: Any) -> str | None:
+    """The measurement by which a call takes the candidate; None without one."""
+    chosen, words = _measured(device, **facts)
+    return words if chosen else None
+
+
+def _measured(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...] = (),
     activation: str = "",
     tokens: int = 0,
     widths: tuple[int, ...] = (),
     **facts: Any,
-) -> str | None:
-    """Why a call does not take the candidate: no measurement, or one that is against it."""
-    if not _table:
-        return "no measurement names it (fastattn.tune makes one)"
+) -> tuple[bool, str]:
     name = str(dtypes[0]).removeprefix("torch.") if dtypes else ""
     bucket = next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
     if len(widths) != 3 or widths[0] != widths[2]:
-        return "no measurement is of a block with these widths"
+        return False, "no measurement is of a block with these widths"
     key = (architecture(device), name, activation, *widths[:2], bucket)
-    return _table.get(key, "no measurement is of this call (fastattn.tune makes one)")
+    return _table.get(key, (False, "no measurement is of this call (fastattn.tune makes one)"))
 
 
 def architecture(device: torch.device) -> str:
@@ -240,7 +254,12 @@ def _call(
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     gradient = random(tokens, d_model).detach()
     options = {"activation": activation, "dropout_p": dropout_p, "seed": seed, "backend": backend}
-    return lambda: torch.autograd.grad(feed_forward(*inputs, **options), inputs, gradient)
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            return torch.autograd.grad(feed_forward(*inputs, **options), inputs, gradient)
+
+    return step
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
@@ -292,6 +311,8 @@ def _entry(row: dict[str, Any]) -> Entry:
         value, kind = getattr(entry, field.name), _KINDS[field.type.partition("[")[0]]
         if not isinstance(value, kind):
             raise TypeError(f"{field.name} is {value!r}")
+    if not 0 < entry.speedup < math.inf or entry.tokens not in BUCKETS:
+        raise ValueError(f"speedup is {entry.speedup} and tokens is {entry.tokens}")
     return entry
 
 

@@ -158,6 +158,36 @@ def test_chunks_of_the_twister_differ_and_are_replayed(seed: int) -> None:
     assert torch.autograd.gradcheck(lambda *x: ours(inputs["input"], *x), weights)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+def test_second_derivatives_of_chunks(seed: int, activation: str) -> None:
+    """Made from chunks that drop what forward's dropped."""
+    inputs = make_inputs((5, 3), 4, 2, torch.float64)
+    ours = partial(
+        feed_forward,
+        activation=activation,
+        dropout_p=0.5,
+        seed=seed_tensor(seed),
+        chunk_tokens=2,
+    )
+    helpers.assert_gradients_of_every_order(ours, *inputs.values())
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    plain, differentiable = (
+        torch.autograd.grad(ours(*leaves).sin().sum(), leaves, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    torch.testing.assert_close(differentiable, plain)
+
+
+def test_a_strided_row_index() -> None:
+    inputs = make_inputs((50, 40))
+    index = torch.randperm(200)[:50].int()
+    options = {"row_period": 20, "dropout_p": P, "seed": seed_tensor()}
+    strided = index.repeat_interleave(2)[::2]
+    found = feed_forward(**inputs, row_index=strided, **options)
+    assert torch.equal(found, feed_forward(**inputs, row_index=index, **options))
+
+
 class LargestTensor(TorchDispatchMode):
     """The most elements of any tensor that an operation inside returns."""
 

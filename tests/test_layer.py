@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import FusedEncoderLayer
+from fastattn import FusedEncoderLayer, fallback
 
 BOTH = pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "sequence"])
@@ -636,6 +636,24 @@ def test_recomputing_layers_keep_no_hidden_features_and_give_the_same(norm_first
         assert_equal_runs(gradients(layer, src), expected)
     twin = pickle.loads(pickle.dumps(layer))
     assert (twin.save, twin.chunk_tokens) == ("recompute", None)
+
+
+def test_inference_in_chunks_has_no_more_rows_at_once(monkeypatch):
+    _, layer = pair()
+    layer.eval()
+    src, rows = tokens(3, 9), []
+    with torch.no_grad():
+        expected = layer(src)
+        layer.chunk_tokens = 4
+        forward = fallback.feed_forward_forward
+
+        def counting(x: Tensor, *rest: object) -> None:
+            rows.append(x.shape[0])
+            forward(x, *rest)
+
+        monkeypatch.setattr(fallback, "feed_forward_forward", counting)
+        torch.testing.assert_close(layer(src), expected)
+    assert rows == [4, 4, 4, 4, 4, 4, 3]
 
 
 def test_wrong_chunks_are_named():

@@ -100,6 +100,7 @@ def token_dropout(
             got = f"{tuple(row_index.shape)} {row_index.dtype}"
             raise mismatch("row_index", f"{rows} torch.int32", got)
         check_device("row_index", row_index, input)
+        row_index = row_index.contiguous()
         if row_period is None:
             raise mismatch("row_period", "given with row_index", None)
     if row_period is not None and not 0 <= row_period < 2**32:

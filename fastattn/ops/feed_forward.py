@@ -96,19 +96,20 @@ def feed_forward(
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
+    tokens = input.shape[:-1].numel()
     backend = dispatch.choose(
         "feed_forward",
         input,
         backend,
         dtypes=(input.dtype,),
         column_offset=column_offset,
-        tokens=input.shape[:-1].numel(),
+        tokens=min(tokens, chunk_tokens or tokens),
         widths=(input.shape[-1], weight1.shape[0], weight2.shape[0]),
         has_adjacent_columns=weight1.stride(1) == weight2.stride(1) == 1,
         activation=activation,
     )
     if needs_composite(*tensors):
-        return fallback.feed_forward_composite(*tensors, activation, dropout)
+        return _composite(*tensors, activation, dropout, chunk_tokens or 0)
     options = (activation, *dropout, save, chunk_tokens or 0, backend)
     if backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled():
         return _forward(*tensors, *options[:-3], "input", *options[-2:])[0]
@@ -185,6 +186,7 @@ dispatch.register(
     "fastattn.kernels.feed_forward_gemm",
     why_not_triton_gemm,
     unasked=tuning.why_not_chosen,
+    because=tuning.why_chosen,
 )
 dispatch.register("feed_forward", "triton", "fastattn.kernels.feed_forward", why_not_triton)
 dispatch.register("feed_forward", "pytorch", fallback)
@@ -207,6 +209,17 @@ def _chunks(
     for first in range(0, tokens, chunk_tokens):
         last = min(first + chunk_tokens, tokens)
         yield slice(first, last), dropout.of_rows(first, last)
+
+
+def _composite(input, weight1, bias1, weight2, bias2, activation, dropout, chunk_tokens):
+    """The block from differentiable operations, its chunks dropping what the op's drop."""
+    x = _rows(input)
+    parts = [
+        fallback.feed_forward_composite(x[rows], weight1, bias1, weight2, bias2, activation, part)
+        for rows, part in _chunks(dropout, x.shape[0], chunk_tokens)
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.view(*input.shape[:-1], weight2.shape[0])
 
 
 def _forward(input, weight1, bias1, weight2, bias2, activation, *options):
@@ -310,9 +323,9 @@ class _FeedForward(torch.autograd.Function):
         (*inputs, hidden), options = recall(ctx)
         wanted = list(ctx.needs_input_grad[:5])
         if wants_second_order():
-            activation, *dropout = options[:-3]
+            activation, *dropout, _, chunk_tokens, _ = options
             gradients = differentiable_gradients(
-                lambda *x: fallback.feed_forward_composite(*x, activation, TokenDropout(*dropout)),
+                lambda *x: _composite(*x, activation, TokenDropout(*dropout), chunk_tokens),
                 inputs,
                 grad_out,
             )

@@ -27,7 +27,7 @@ from fastattn.kernels.feed_forward import FeedForward
 from fastattn.ops.arguments import FeedForwardArguments
 from fastattn.ops.dropout import TokenDropout
 
-ALIGNMENT = 16  # bytes, of what a tensor descriptor takes
+ALIGNMENT = 16  # bytes, of the rows of a factor
 GROUP_M = tl.constexpr(8)  # tiles below each other that are made together, for the L2 cache
 
 #: Integers of which no value deserves a kernel of its own.
@@ -60,21 +60,12 @@ def tile_origin(tile, n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def matrix(
-    Data,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    TMA: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS,
-):
-    """A matrix to load tiles of: a tensor descriptor, or a pointer with what it needs."""
+def matrix(Data, rows, columns, stride, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS):
+    """A matrix of tiles [ROWS, COLUMNS]: a tensor descriptor, or a pointer with what it needs."""
     if TMA:
-        return tl.make_tensor_descriptor(Data, [rows, columns], [row_stride, 1], [ROWS, COLUMNS])
+        return tl.make_tensor_descriptor(Data, [rows, columns], [stride, 1], [ROWS, COLUMNS])
     else:
-        return Data, rows, columns, row_stride, column_stride
+        return Data, rows, columns, stride
 
 
 @triton.jit
@@ -83,9 +74,9 @@ def load(m, row, column, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.cons
     if TMA:
         return m.load([row, column])
     else:
-        Data, n_rows, n_columns, row_stride, column_stride = m
+        Data, n_rows, n_columns, stride = m
         r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-        place = r.to(tl.int64) * row_stride + c.to(tl.int64) * column_stride
+        place = r.to(tl.int64) * stride + c
         return tl.load(Data + place, mask=(r < n_rows) & (c < n_columns), other=0.0)
 
 
@@ -94,10 +85,10 @@ def store(m, row, column, tile, TMA: tl.constexpr):
     if TMA:
         m.store([row, column], tile)
     else:
-        Data, n_rows, n_columns, row_stride, column_stride = m
+        Data, n_rows, n_columns, stride = m
         r = row + tl.arange(0, tile.shape[0])[:, None]
         c = column + tl.arange(0, tile.shape[1])[None, :]
-        place = r.to(tl.int64) * row_stride + c.to(tl.int64) * column_stride
+        place = r.to(tl.int64) * stride + c
         tl.store(Data + place, tile, mask=(r < n_rows) & (c < n_columns))
 
 
@@ -177,9 +168,7 @@ def activate_kernel(
     n_columns,
     depth,
     left_stride,
-    left_column_stride,
     right_stride,
-    right_column_stride,
     first_group,
     site,
     threshold,
@@ -202,11 +191,11 @@ def activate_kernel(
     dtype: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
     PART_M: tl.constexpr = BLOCK_M // PARTS if BY_ROWS else BLOCK_M
     PART_N: tl.constexpr = BLOCK_N if BY_ROWS else BLOCK_N // PARTS
-    x = matrix(X, n_rows, depth, left_stride, left_column_stride, TMA, BLOCK_M, BLOCK_K)
-    w = matrix(W, n_columns, depth, right_stride, right_column_stride, TMA, BLOCK_N, BLOCK_K)
-    a = matrix(A, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    x = matrix(X, n_rows, depth, left_stride, TMA, BLOCK_M, BLOCK_K)
+    w = matrix(W, n_columns, depth, right_stride, TMA, BLOCK_N, BLOCK_K)
+    a = matrix(A, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if H is not None:
-        h = matrix(H, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+        h = matrix(H, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if Seed is not None:
         seed = tl.load(Seed)
         scale = tl.full([], scale, dtype)
@@ -253,9 +242,7 @@ def hidden_gradient_kernel(
     n_columns,
     depth,
     left_stride,
-    left_column_stride,
     right_stride,
-    right_column_stride,
     first_group,
     site,
     threshold,
@@ -281,12 +268,12 @@ def hidden_gradient_kernel(
     dtype: tl.constexpr = tl.float64 if dH.dtype.element_ty == tl.float64 else tl.float32
     PART_M: tl.constexpr = BLOCK_M // PARTS if BY_ROWS else BLOCK_M
     PART_N: tl.constexpr = BLOCK_N if BY_ROWS else BLOCK_N // PARTS
-    dy = matrix(dY, n_rows, depth, left_stride, left_column_stride, TMA, BLOCK_M, BLOCK_K)
-    w = matrix(W, depth, n_columns, right_stride, right_column_stride, TMA, BLOCK_K, BLOCK_N)
-    s = matrix(Saved, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
-    dh = matrix(dH, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+    dy = matrix(dY, n_rows, depth, left_stride, TMA, BLOCK_M, BLOCK_K)
+    w = matrix(W, depth, n_columns, right_stride, TMA, BLOCK_K, BLOCK_N)
+    s = matrix(Saved, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
+    dh = matrix(dH, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if A is not None:
-        a = matrix(A, n_rows, n_columns, n_columns, 1, TMA, PART_M, PART_N)
+        a = matrix(A, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if Seed is not None:
         seed = tl.load(Seed)
     scale = tl.full([], scale, dtype)
@@ -353,12 +340,11 @@ class FusedProducts(FeedForward):
         config = _config(a, activation == "relu")
         _launch(
             activate_kernel,
-            (input, weight1),
-            (a,) if h is None else (a, h),
+            (_aligned(input), _aligned(weight1)),
+            a,
             config,
-            (input, weight1, bias1, h, a),
+            (bias1, h, a),
             dropout,
-            input.shape[1],
             ACTIVATION=activation,
         )
         return a
@@ -389,12 +375,11 @@ class FusedProducts(FeedForward):
             return d_hidden, None if d_bias1 is None else d_bias1.zero_()
         _launch(
             hidden_gradient_kernel,
-            (grad_out, weight2),
-            (saved, d_hidden) if again is None else (saved, d_hidden, again),
+            (_aligned(grad_out), _aligned(weight2)),
+            saved,
             config,
-            (grad_out, weight2, saved, d_hidden, again, parts),
+            (saved, d_hidden, again, parts),
             dropout,
-            grad_out.shape[1],
             ACTIVATION=activation,
             FROM_OUTPUT=from_output,
         )
@@ -427,24 +412,22 @@ def _fits_epilogue(device: torch.device, activation: str) -> bool:
 def _launch(
     kernel: Any,
     factors: tuple[Tensor, Tensor],
-    hidden: tuple[Tensor, ...],
+    hidden: Tensor,
     config: Config,
     tensors: tuple[Tensor | None, ...],
     dropout: TokenDropout,
-    depth: int,
     **constants: Any,
 ) -> None:
     """Run a kernel on the tiles of (tokens, d_ff) tensors.
 
     Args:
-        factors: of the product.
-        hidden: all tensors of the hidden width.
-        tensors: the kernel's first arguments.
-        depth: the dimension that the product sums over.
+        factors: of the product, the kernel's first two arguments.
+        hidden: a tensor of the hidden width.
+        tensors: the kernel's other tensors.
     """
-    n_rows, n_columns = hidden[0].shape
+    n_rows, n_columns = hidden.shape
     tiles = triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_columns, config.BLOCK_N)
-    device = hidden[0].device
+    device = hidden.device
     resident = multiprocessors(device) * (8 // config.num_warps)
     drops = dropout.drops and dropout.seed is not None
     row_index = dropout.row_index if drops else None
@@ -453,7 +436,9 @@ def _launch(
         "RowIndex": None if row_index is None else row_index.contiguous(),
         "n_rows": n_rows,
         "n_columns": n_columns,
-        "depth": depth,
+        "depth": factors[0].shape[1],
+        "left_stride": factors[0].stride(0),
+        "right_stride": factors[1].stride(0),
         "first_group": dropout.column_offset // 8,
         "site": dropout.site,
         "threshold": threshold(dropout.dropout_p),
@@ -461,23 +446,21 @@ def _launch(
         "row_period": max(dropout.row_period, 1),
         "BATCH_FIRST": dropout.batch_first,
         "PRECISION": "ieee",
-        "TMA": capability(device)[0] in (9, 10) and all(map(_fits_descriptor, factors + hidden)),
+        "TMA": capability(device)[0] in (9, 10),
         **config._asdict(),
         **constants,
     }
-    names = ("left_stride", "left_column_stride", "right_stride", "right_column_stride")
-    strides = dict(zip(names, (*factors[0].stride(), *factors[1].stride()), strict=True))
 
     def run() -> None:
-        triton.set_allocator(lambda size, *_: hidden[0].new_empty(size, dtype=torch.int8))
-        kernel[(min(tiles, resident),)](*tensors, **strides, **arguments)
+        triton.set_allocator(lambda size, *_: hidden.new_empty(size, dtype=torch.int8))
+        kernel[(min(tiles, resident),)](*factors, *tensors, **arguments)
 
-    with torch.cuda.device_of(hidden[0]):
+    with torch.cuda.device_of(hidden):
         contextvars.copy_context().run(run)  # so that the allocator is nobody else's
 
 
-def _fits_descriptor(x: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for (rows, columns)."""
-    if x.stride(1) != 1 or x.data_ptr() % ALIGNMENT or 0 in x.shape:
-        return False
-    return x.stride(0) * x.element_size() % ALIGNMENT == 0
+def _aligned(x: Tensor) -> Tensor:
+    """(rows, columns) as descriptors and wide loads take it: a copy where it lies otherwise."""
+    adjacent = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    aligned = x.data_ptr() % ALIGNMENT == 0 == x.stride(0) * x.element_size() % ALIGNMENT
+    return x if adjacent and aligned else x.clone(memory_format=torch.contiguous_format)
