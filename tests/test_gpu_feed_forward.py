@@ -157,6 +157,7 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(0, -2).contiguous().transpose(0, -2),
     "begins between two addresses of 16 bytes": lambda x: F.pad(x, (1, 7))[..., 1:-7],
     "rows begin anywhere": lambda x: F.pad(x, (1, 0))[..., 1:],
+    "one row for all": lambda x: x[:1].expand_as(x),
 }
 
 
@@ -168,12 +169,13 @@ def test_accuracy_of_layouts(backend, layout, name, activation) -> None:
     check(make_inputs(), P, activation, LAYOUTS[layout], name, backend=backend)
 
 
-def test_the_layouts_are_with_and_without_descriptors() -> None:
+def test_the_layouts_are_copied_and_taken_as_they_are() -> None:
     from fastattn.kernels import feed_forward_gemm as gemm
 
     x = torch.randn(127, 64, device=DEVICE, dtype=bf16)
-    fits = {name: gemm._fits_descriptor(laid_out(x)) for name, laid_out in LAYOUTS.items()}
-    assert list(fits.values()) == [True, True, False, False]
+    laid_out = [layout(x) for layout in LAYOUTS.values()]
+    taken = [gemm._aligned(each) is each for each in laid_out]
+    assert taken == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

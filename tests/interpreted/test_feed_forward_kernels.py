@@ -366,3 +366,22 @@ def test_a_layer_uses_it(backend: str, dropout_p: float) -> None:
             out = layer(x, seed=seed_tensor())
         results.append((out, *torch.autograd.grad(out.sin().sum(), layer.parameters())))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_taken"),
+    [
+        (lambda x: x, True),
+        (lambda x: torch.nn.functional.pad(x, (0, 8))[:, :40], True),
+        (lambda x: torch.nn.functional.pad(x, (1, 3))[:, 1:-3], False),
+        (lambda x: torch.nn.functional.pad(x, (0, 1))[:, :40], False),
+        (lambda x: x[:1].expand_as(x), False),
+        (lambda x: x.t().contiguous().t(), False),
+        (lambda x: torch.ones(()).expand_as(x), False),
+    ],
+)
+def test_factors_that_no_descriptor_takes_are_copied(layout, is_taken) -> None:
+    x = layout(torch.randn(9, 40))
+    found = gemm._aligned(x)
+    assert (found is x) is is_taken and torch.equal(found, x)
+    assert found.stride(1) == 1 and found.stride(0) % 4 == 0 == found.data_ptr() % 16
