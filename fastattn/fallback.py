@@ -387,6 +387,12 @@ def product(
     input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """``linear`` of (tokens, d), into ``out`` where given."""
+    if (
+        out is not None
+        and torch.is_grad_enabled()
+        and (input.requires_grad or weight.requires_grad)
+    ):
+        return out.copy_(product(input, weight, bias))  # an exported op, which autograd looks into
     if bias is not None and not _adds_bias_in_place(input):
         return torch.addmm(bias, input, weight.t(), out=out)
     result = torch.mm(input, weight.t(), out=out)

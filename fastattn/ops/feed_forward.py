@@ -6,6 +6,7 @@ products and a kernel between them), ``pytorch``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -96,22 +97,23 @@ def feed_forward(
     dropout = token_dropout(
         input, dropout_p, seed, site, row_index, row_period, batch_first, column_offset
     )
-    tokens = input.shape[:-1].numel()
+    tokens = math.prod(input.shape[:-1])
     backend = dispatch.choose(
         "feed_forward",
         input,
         backend,
         dtypes=(input.dtype,),
         column_offset=column_offset,
-        tokens=min(tokens, chunk_tokens or tokens),
+        tokens=tokens if chunk_tokens is None else min(tokens, chunk_tokens),
         widths=(input.shape[-1], weight1.shape[0], weight2.shape[0]),
         has_adjacent_columns=weight1.stride(1) == weight2.stride(1) == 1,
         activation=activation,
     )
-    if needs_composite(*tensors):
+    is_plain = backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled()
+    if needs_composite(*tensors) or (is_plain and torch.compiler.is_compiling()):
         return _composite(*tensors, activation, dropout, chunk_tokens or 0)
     options = (activation, *dropout, save, chunk_tokens or 0, backend)
-    if backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled():
+    if is_plain:
         return _forward(*tensors, *options[:-3], "input", *options[-2:])[0]
     return apply(_FeedForward, *tensors, *options)
 
@@ -196,7 +198,7 @@ dispatch.register("feed_forward", "pytorch", fallback)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _chunks(

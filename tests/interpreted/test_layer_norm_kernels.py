@@ -16,6 +16,7 @@ from sanitizer import Sanitizer
 from torch import Tensor
 
 import fastattn
+from fastattn.kernels import column_sums
 from fastattn.kernels import layer_norm as kernels
 from fastattn.ops.arguments import NormArguments
 from fastattn.ops.dropout import TokenDropout
@@ -323,7 +324,7 @@ def test_accuracy_of_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_accuracy_of_more_programs_than_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1)
-    monkeypatch.setattr(kernels, "SUM_BYTES", 2 * 32 * 4)  # of two rows; there are three
+    monkeypatch.setattr(column_sums, "TILE_BYTES", 2 * 32 * 4)  # of two rows; there are three
     check(make_inputs((101, 96)))
 
 
