@@ -33,10 +33,7 @@ from fastattn.ops.dropout import TokenDropout
 SLICES = 8  # of a block of 64 columns
 ACCESS_BYTES = 16  # of the widest load and store
 FORWARD_WARPS, BACKWARD_WARPS = 8, 4  # of a program
-FORWARD_WIDTH, BACKWARD_WIDTH = (
-    8,
-    4,
-)  # columns of an access, at most; backward owns sums too
+FORWARD_WIDTH, BACKWARD_WIDTH = 8, 4  # columns of an access, at most
 REGISTERS = 65536  # of a multiprocessor
 GRID_LIMIT = 65535  # programs along dimension 1 of a CUDA grid
 
@@ -274,7 +271,7 @@ def bias_activation_dropout_backward(
     out: Tensor | None = None,
     activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``input``, contiguous, in the dtype of ``grad_out``, and of ``bias``, in fp32.
+    """Gradients of ``input``, contiguous, in the dtype of ``grad_out``, and of ``bias``, in >= fp32.
 
     Args:
         grad_out: like the result of forward.
