@@ -271,7 +271,7 @@ def bias_activation_dropout_backward(
     out: Tensor | None = None,
     activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``input``, contiguous, in the dtype of ``grad_out``, and of ``bias``, in >= fp32.
+    """Gradients of ``input``, contiguous, in the dtype of ``grad_out``, of ``bias`` in >= fp32.
 
     Args:
         grad_out: like the result of forward.
