@@ -5,7 +5,8 @@ So forward neither writes nor reads them between two kernels, and backward not t
 
 The dropout contract decides the columns n, n + 8, ..., n + 56 of a block of 64 by one call of
 Philox. Tiles are a multiple of 64 columns wide and all warps lie along the rows, so that the thread
-that holds one of these accumulators of a row holds all eight: decisions do not travel.
+that holds one of these accumulators of a row holds all eight: decisions do not travel. (Triton lays
+the warps of a lone ``mma.sync`` in both directions, those of products in a chain along the rows.)
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
+    CHAIN: int  # products a step of the loop makes, one after the other, each of depth BLOCK_K
     num_warps: int
     num_stages: int
-    PARTS: int  # 1 or 4, whose epilogues follow each other where registers do not hold all at once
+    PARTS: int  # 1, 2 or 4, whose epilogues follow each other: registers do not hold all at once
     BY_ROWS: bool  # how a tile is cut into them: without moving a value between threads
 
 
@@ -105,9 +107,11 @@ def halves(tile, BY_ROWS: tl.constexpr):
 
 @triton.jit
 def parts_of(tile, PARTS: tl.constexpr, BY_ROWS: tl.constexpr):
-    """The tile itself, or its four equal parts in order."""
+    """The tile itself, or its two or four equal parts in order."""
     if PARTS == 1:
         return (tile,)
+    elif PARTS == 2:
+        return halves(tile, BY_ROWS)
     else:
         tl.static_assert(PARTS == 4)
         one, two = halves(tile, BY_ROWS)
@@ -138,18 +142,44 @@ def in_threads_of(sums, tile):
 
 
 @triton.jit
-def tile_kept(seed, site, position, sequence, group, threshold, COLUMNS: tl.constexpr):
-    """[rows, COLUMNS]: what the contract keeps of a tile whose groups of eight begin at ``group``.
+def tile_kept(
+    dropout, row, column, BATCH_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """[ROWS, COLUMNS]: what the contract keeps. Words become columns by renaming alone.
 
-    position, sequence: [rows, 1]. Words become columns by renaming alone.
+    dropout: what does not depend on the tile.
     """
-    groups = group + tl.arange(0, COLUMNS // 8)[None, :]
+    seed, site, threshold, n_rows, first_group, RowIndex, row_period = dropout
+    rows = row + tl.arange(0, ROWS)[:, None]
+    position, sequence = token_coordinates(rows, rows < n_rows, RowIndex, row_period, BATCH_FIRST)
+    groups = first_group + column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     w0, w1, w2, w3 = activation_words(seed, site, position, sequence, groups)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [..., i, k] is word 2 k + i
     lanes = tl.join(words << 16, words) & (LANE << 16)  # [..., i, k, h] is lane 4 k + 2 i + h
-    lanes = tl.reshape(lanes, (position.shape[0], COLUMNS // 64, 8, 2, 2, 2))
+    lanes = tl.reshape(lanes, (ROWS, COLUMNS // 64, 8, 2, 2, 2))
     lanes = tl.permute(lanes, (0, 1, 4, 3, 5, 2))
-    return tl.reshape(lanes, (position.shape[0], COLUMNS)) >= (threshold << 16).to(tl.uint32)
+    return tl.reshape(lanes, (ROWS, COLUMNS)) >= (threshold << 16).to(tl.uint32)
+
+
+@triton.jit
+def marked(sums, kept):
+    """``sums`` with -0 for what is not kept, which x + 0 never is: decisions travel with them."""
+    bits: tl.constexpr = tl.int64 if sums.dtype == tl.float64 else tl.int32
+    kept_bits = (sums + 0.0).to(bits, bitcast=True)
+    return tl.where(kept, kept_bits, negative_zero(bits)).to(sums.dtype, bitcast=True)
+
+
+@triton.jit
+def is_kept(sums):
+    """The decisions of ``marked``, wherever its sums have gone."""
+    bits: tl.constexpr = tl.int64 if sums.dtype == tl.float64 else tl.int32
+    return sums.to(bits, bitcast=True) != negative_zero(bits)
+
+
+@triton.jit
+def negative_zero(bits: tl.constexpr):
+    """Its bits; a literal -0.0 would become 0."""
+    return tl.full([], 1, bits) << (bits.primitive_bitwidth - 1)
 
 
 # -------------------------------------------------------------------------------------- kernels
@@ -181,6 +211,7 @@ def activate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAIN: tl.constexpr,
     PARTS: tl.constexpr,
     BY_ROWS: tl.constexpr,
 ):
@@ -198,15 +229,17 @@ def activate_kernel(
         h = matrix(H, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if Seed is not None:
         seed = tl.load(Seed)
+        dropout = seed, site, threshold, n_rows, first_group, RowIndex, row_period
         scale = tl.full([], scale, dtype)
     tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_columns, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_row, first_column = tile_origin(tile, n_rows, n_columns, BLOCK_M, BLOCK_N)
         sums = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-        for k in range(0, depth, BLOCK_K):
-            left = load(x, first_row, k, TMA, BLOCK_M, BLOCK_K)
-            right = load(w, first_column, k, TMA, BLOCK_N, BLOCK_K)
-            sums = tl.dot(left, right.T, sums, input_precision=PRECISION, out_dtype=dtype)
+        for first_k in range(0, depth, CHAIN * BLOCK_K):
+            for k in tl.static_range(0, CHAIN * BLOCK_K, BLOCK_K):
+                left = load(x, first_row, first_k + k, TMA, BLOCK_M, BLOCK_K)
+                right = load(w, first_column, first_k + k, TMA, BLOCK_N, BLOCK_K)
+                sums = tl.dot(left, right.T, sums, input_precision=PRECISION, out_dtype=dtype)
         parts = parts_of(sums, PARTS, BY_ROWS)
         for i in tl.static_range(PARTS):
             row = first_row + (i * PART_M if BY_ROWS else 0)
@@ -218,12 +251,7 @@ def activate_kernel(
                 store(h, row, column, part.to(H.dtype.element_ty), TMA)
             part = activate(part, ACTIVATION)
             if Seed is not None:
-                rows = row + tl.arange(0, PART_M)[:, None]
-                position, sequence = token_coordinates(
-                    rows, rows < n_rows, RowIndex, row_period, BATCH_FIRST
-                )
-                group = first_group + column // 8
-                kept = tile_kept(seed, site, position, sequence, group, threshold, PART_N)
+                kept = tile_kept(dropout, row, column, BATCH_FIRST, PART_M, PART_N)
                 part = tl.where(kept, part, 0.0) * scale
             store(a, row, column, part.to(A.dtype.element_ty), TMA)
 
@@ -256,6 +284,7 @@ def hidden_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAIN: tl.constexpr,
     PARTS: tl.constexpr,
     BY_ROWS: tl.constexpr,
 ):
@@ -276,15 +305,17 @@ def hidden_gradient_kernel(
         a = matrix(A, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if Seed is not None:
         seed = tl.load(Seed)
+        dropout = seed, site, threshold, n_rows, first_group, RowIndex, row_period
     scale = tl.full([], scale, dtype)
     tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_columns, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_row, first_column = tile_origin(tile, n_rows, n_columns, BLOCK_M, BLOCK_N)
         sums = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-        for k in range(0, depth, BLOCK_K):
-            left = load(dy, first_row, k, TMA, BLOCK_M, BLOCK_K)
-            right = load(w, k, first_column, TMA, BLOCK_K, BLOCK_N)
-            sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=dtype)
+        for first_k in range(0, depth, CHAIN * BLOCK_K):
+            for k in tl.static_range(0, CHAIN * BLOCK_K, BLOCK_K):
+                left = load(dy, first_row, first_k + k, TMA, BLOCK_M, BLOCK_K)
+                right = load(w, first_k + k, first_column, TMA, BLOCK_K, BLOCK_N)
+                sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=dtype)
         parts = parts_of(sums, PARTS, BY_ROWS)
         for i in tl.static_range(PARTS):
             row = first_row + (i * PART_M if BY_ROWS else 0)
@@ -292,28 +323,29 @@ def hidden_gradient_kernel(
             part = parts[i]
             saved = load(s, row, column, TMA, PART_M, PART_N).to(dtype)
             if FROM_OUTPUT:
-                part = tl.where(saved == 0.0, 0.0, part) * scale
+                gradient = tl.where(saved == 0.0, 0.0, part) * scale
             else:
+                if Seed is not None and not TMA:  # sums go to the threads that read what was saved
+                    kept = tile_kept(dropout, row, column, BATCH_FIRST, PART_M, PART_N)
+                    part = marked(part, kept)
                 saved = in_threads_of(part, saved)
-                part = activation_backward(part, saved, ACTIVATION)
+                gradient = activation_backward(part, saved, ACTIVATION)
                 if A is not None:
                     again = activate(saved, ACTIVATION)
                 if Seed is not None:
-                    rows = row + tl.arange(0, PART_M)[:, None]
-                    position, sequence = token_coordinates(
-                        rows, rows < n_rows, RowIndex, row_period, BATCH_FIRST
-                    )
-                    group = first_group + column // 8
-                    kept = tile_kept(seed, site, position, sequence, group, threshold, PART_N)
-                    part = tl.where(kept, part, 0.0) * scale
+                    if TMA:
+                        kept = tile_kept(dropout, row, column, BATCH_FIRST, PART_M, PART_N)
+                    else:
+                        kept = is_kept(part)
+                    gradient = tl.where(kept, gradient, 0.0) * scale
                     if A is not None:
                         again = tl.where(kept, again, 0.0) * scale
                 if A is not None:
                     store(a, row, column, again.to(A.dtype.element_ty), TMA)
-            store(dh, row, column, part.to(dH.dtype.element_ty), TMA)
+            store(dh, row, column, gradient.to(dH.dtype.element_ty), TMA)
             columns = column + tl.arange(0, PART_N)
             place = (row // PART_M).to(tl.int64) * n_columns + columns
-            tl.store(dBiasParts + place, tl.sum(part, 0), mask=columns < n_columns)
+            tl.store(dBiasParts + place, tl.sum(gradient, 0), mask=columns < n_columns)
 
 
 # ------------------------------------------------------------------------------------- launchers
@@ -359,8 +391,6 @@ class FusedProducts(FeedForward):
     ) -> tuple[Tensor, Tensor | None]:
         _, _, weight2, _, activation, dropout = arguments
         from_output = activation == "relu"
-        if not _fits_epilogue(grad_out.device, activation):
-            return super().hidden_gradient(grad_out, arguments, hidden, activated, want_bias1)
         saved, again = (activated, None) if from_output else (hidden, activated)
         dropout = TokenDropout(dropout.dropout_p) if from_output else dropout
         d_hidden = torch.empty_like(saved)
@@ -398,15 +428,10 @@ def _config(hidden: Tensor, has_light_epilogue: bool) -> Config:
     """The tile for an architecture: the widest whose epilogue neither spills nor exchanges."""
     major = capability(hidden.device)[0]
     if major == 9:
-        return Config(128, 256, 64, 8, 3, 4, BY_ROWS=False)
+        return Config(128, 256, 64, 1, 8, 3, 4, BY_ROWS=False)
     if major == 10:
-        return Config(128, 256 if has_light_epilogue else 128, 64, 8, 3, 1, BY_ROWS=False)
-    return Config(256, 64, 32, 4, 4, 4, BY_ROWS=True)  # so that all four warps lie along the rows
-
-
-def _fits_epilogue(device: torch.device, activation: str) -> bool:
-    """Whether registers hold the epilogue of backward; without descriptors that of relu alone."""
-    return activation == "relu" or capability(device)[0] in (9, 10)
+        return Config(128, 256 if has_light_epilogue else 128, 64, 1, 8, 3, 1, BY_ROWS=False)
+    return Config(256, 64, 32, 2, 8, 3, 2, BY_ROWS=True)
 
 
 def _launch(
@@ -428,7 +453,6 @@ def _launch(
     n_rows, n_columns = hidden.shape
     tiles = triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_columns, config.BLOCK_N)
     device = hidden.device
-    resident = multiprocessors(device) * (8 // config.num_warps)
     drops = dropout.drops and dropout.seed is not None
     row_index = dropout.row_index if drops else None
     arguments = {
@@ -453,7 +477,7 @@ def _launch(
 
     def run() -> None:
         triton.set_allocator(lambda size, *_: hidden.new_empty(size, dtype=torch.int8))
-        kernel[(min(tiles, resident),)](*factors, *tensors, **arguments)
+        kernel[(min(tiles, multiprocessors(device)),)](*factors, *tensors, **arguments)
 
     with torch.cuda.device_of(hidden):
         contextvars.copy_context().run(run)  # so that the allocator is nobody else's
