@@ -56,8 +56,8 @@ struct NormForward {
 // zero. One of the three gradients is there.
 struct NormBackward {
   Rows grad_out, grad_copy, grad_sum;
-  Rows saved;        // the sum, or the result: then xhat = (out - bias) / weight
-  bool from_output;  // `saved` is the result; `mean` is not read
+  Rows saved;        // the sum, or the result or its copy: then xhat = (saved - bias) / weight
+  bool from_output;  // `saved` is not the sum; `mean` is not read
   Vector weight, bias;
   const void* mean;
   const void* rstd;

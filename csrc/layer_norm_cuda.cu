@@ -174,32 +174,38 @@ ForwardKernel forward_kernel(const NormForward& a, int vectors) {
   return nullptr;
 }
 
-template <typename G, typename S>
+template <typename G, typename S, typename V = S>
 BackwardKernel backward_kernel(const NormBackward& a, int vectors) {
   using Kinds = RowTypes<S>;
   const bool fits = all_of(Types<S>{}, a.grad_sum, a.d_sum) &&
                     all_of(typename RowTypes<G>::Copy{}, a.grad_copy) &&
                     all_of(typename Kinds::Branch{}, a.d_branch) &&
                     all_of(typename Kinds::Vectors{}, a.weight, a.bias);
-  static constexpr BackwardKernel kKernels[] = {backward_rows<G, S, 1>, backward_rows<G, S, 2>,
-                                                backward_rows<G, S, 3>};
+  static constexpr BackwardKernel kKernels[] = {
+      backward_rows<G, S, V, 1>, backward_rows<G, S, V, 2>, backward_rows<G, S, V, 3>};
   return fits ? kKernels[vectors - 1] : nullptr;
 }
 
 BackwardKernel backward_kernel(const NormBackward& a, int vectors) {
-  const Type saved = a.saved.type, grad = a.grad_out.data ? a.grad_out.type : Type::float32;
-  const auto are = [&](auto first, auto second) {
-    return grad == type_of(first) && saved == type_of(second);
+  const Type grad = a.grad_out.data ? a.grad_out.type : Type::float32;
+  const auto are = [&](auto g, auto s, auto v) {
+    return grad == type_of(g) && a.d_sum.type == type_of(s) && a.saved.type == type_of(v);
   };
-  using Half = __half;
-  using Bfloat = __nv_bfloat16;
-  if (are(float{}, float{})) return backward_kernel<float, float>(a, vectors);
-  if (are(Half{}, Half{})) return backward_kernel<Half, Half>(a, vectors);
-  if (are(Bfloat{}, Bfloat{})) return backward_kernel<Bfloat, Bfloat>(a, vectors);
-  if (are(Half{}, float{})) return backward_kernel<Half, float>(a, vectors);
-  if (are(Bfloat{}, float{})) return backward_kernel<Bfloat, float>(a, vectors);
-  if (are(float{}, Half{})) return backward_kernel<float, Half>(a, vectors);
-  if (are(float{}, Bfloat{})) return backward_kernel<float, Bfloat>(a, vectors);
+  using F = float;
+  using H = __half;
+  using B = __nv_bfloat16;
+  if (are(F{}, F{}, F{})) return backward_kernel<F, F>(a, vectors);
+  if (are(H{}, H{}, H{})) return backward_kernel<H, H>(a, vectors);
+  if (are(B{}, B{}, B{})) return backward_kernel<B, B>(a, vectors);
+  if (are(H{}, F{}, F{})) return backward_kernel<H, F>(a, vectors);
+  if (are(B{}, F{}, F{})) return backward_kernel<B, F>(a, vectors);
+  if (are(F{}, H{}, H{})) return backward_kernel<F, H>(a, vectors);
+  if (are(F{}, B{}, B{})) return backward_kernel<F, B>(a, vectors);
+  // Kept is a result, or its copy, that is narrower than the sum.
+  if (are(F{}, F{}, H{})) return backward_kernel<F, F, H>(a, vectors);
+  if (are(F{}, F{}, B{})) return backward_kernel<F, F, B>(a, vectors);
+  if (are(H{}, F{}, H{})) return backward_kernel<H, F, H>(a, vectors);
+  if (are(B{}, F{}, B{})) return backward_kernel<B, F, B>(a, vectors);
   return nullptr;
 }
 

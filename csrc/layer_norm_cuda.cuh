@@ -147,11 +147,11 @@ FASTATTN_DEVICE void store_partial(const NormBackward& a, int which, const Vecto
   __syncthreads();
 }
 
-// G is the type of grad_out; S that of saved, grad_sum and d_sum. grad_copy has 16 bits.
+// G is the type of grad_out; S that of grad_sum and d_sum; V that of saved. grad_copy has 16 bits.
 //
 // With c = s - m and h = rstd * g, weight * h = rstd * w and c * rstd = xhat, so that
 //   d_sum = weight h - mean(weight h) - c * rstd^2 * mean(weight h c) + grad_sum
-template <typename G, typename S, int kVectors>
+template <typename G, typename S, typename V, int kVectors>
 __global__ void __launch_bounds__(
     kBackwardRoom<kVectors>.row_warps* kWarp,
     kBackwardRoom<kVectors>.resident_warps / kBackwardRoom<kVectors>.row_warps)
@@ -179,10 +179,11 @@ __global__ void __launch_bounds__(
     // Zeros where nothing is read: what is left unset would stay in registers from row to row.
     Eight<G> grad_out[kVectors] = {};
     Eight<__half> grad_copy[kVectors] = {};
-    Eight<S> saved[kVectors] = {}, grad_sum[kVectors] = {};
+    Eight<V> saved[kVectors] = {};
+    Eight<S> grad_sum[kVectors] = {};
     if (a.grad_out.data) load(part, row_start<const G>(a.grad_out, row), grad_out);
     if (a.grad_copy.data) load(part, row_start<const __half>(a.grad_copy, row), grad_copy);
-    load(part, row_start<const S>(a.saved, row), saved);
+    load(part, row_start<const V>(a.saved, row), saved);
     if (kEarly && a.grad_sum.data) load(part, row_start<const S>(a.grad_sum, row), grad_sum);
     const float rstd = active ? static_cast<const float*>(a.rstd)[row] : 1.0f;
     const bool has_mean = active && !a.from_output;

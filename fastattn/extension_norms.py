@@ -47,15 +47,15 @@ class NormKernels:
         mean: Tensor | None,
         rstd: Tensor,
         norm: NormArguments,
+        input_dtype: torch.dtype,
         save: str,
         wanted: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input (in ``saved``'s dtype), weight, bias; None where not ``wanted``."""
-        dtype, dropout = saved.dtype, TokenDropout()
+        """Gradients of input, weight and bias; None where not ``wanted``."""
         want_input, want_weight, want_bias = wanted
         d_input, _, _, d_weight, d_bias = self.dropout_add_layer_norm_backward(
-            grad_out, None, None, saved, mean, rstd, norm, dtype, dtype, dropout, save,
-            (want_input, False, False, want_weight, want_bias),
+            grad_out, None, None, saved, mean, rstd, norm, input_dtype, input_dtype,
+            TokenDropout(), save, (want_input, False, False, want_weight, want_bias),
         )  # fmt: skip
         return d_input, d_weight, d_bias
 

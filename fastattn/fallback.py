@@ -588,10 +588,11 @@ def layer_norm_backward(
     mean: Tensor | None,
     rstd: Tensor,
     arguments: NormArguments,
+    input_dtype: torch.dtype,
     save: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input (in ``saved``'s dtype), weight, bias; None where not ``wanted``.
+    """Gradients of input, weight and bias; None where not ``wanted``.
 
     ``saved`` is the input, or the result where ``save`` is ``"output"``.
     """
@@ -611,10 +612,10 @@ def layer_norm_backward(
         bias,
         list(wanted),
     )
-    targets = (saved, *arguments[:2])
+    dtypes = (input_dtype, *(None if x is None else x.dtype for x in arguments[:2]))
     return tuple(
-        None if not want else grad.to(target.dtype)
-        for grad, target, want in zip(grads, targets, wanted, strict=True)
+        grad.to(dtype) if want else None
+        for grad, dtype, want in zip(grads, dtypes, wanted, strict=True)
     )
 
 
@@ -668,10 +669,11 @@ def dropout_add_layer_norm_backward(
     else:
         d_sum, d_weight, d_bias = layer_norm_backward(
             sum(grads[1:], grads[0]),
-            saved.to(rstd.dtype),
+            saved,
             mean,
             rstd,
             arguments,
+            rstd.dtype,
             save,
             [want_sum or want_branch or want_input_bias, want_weight, want_bias],
         )

@@ -73,7 +73,8 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
     Args:
         save: what backward keeps, of the library's own: ``"default"``; or ``"lean"``, with which
             both norms keep their result, which the linear layers after them keep anyway, instead
-            of the sum before it. In 16 bits that is 4 d_model bytes a token less. Backward then
+            of the sum before it, and under autocast only a 16-bit copy. In 16 bits that is
+            4 d_model bytes a token less, under autocast 6, with ``norm_first`` 8. Backward then
             divides by the norms' weights; whether these allow it is checked where ``save`` is
             assigned and after ``load_state_dict``; a norm whose weights do not keeps its sum, with
             a warning. Weights that come close to zero later give wrong gradients: assign ``save``
@@ -305,7 +306,10 @@ class _Call:
         del branch  # so that the feed-forward block may have its memory
         branch = self.feed_forward(x if copy is None else copy)
         del copy
-        return self.add_norm(branch, x, "norm2", dropout.RESIDUAL_2, "dropout2")[1]
+        keeps_copy = torch.is_grad_enabled() and self.keeps_output("norm2", layer.norm2)
+        low = autocast_dtype(x) if keeps_copy else None
+        sites = (dropout.RESIDUAL_2, "dropout2")
+        return self.add_norm(branch, x, "norm2", *sites, copy_dtype=low)[1]
 
     # The two branches ----------------------------------------------------------------------
 
@@ -460,7 +464,9 @@ class _Call:
         output, bias, options = self._drop(branch, kind, dropout_name)
         if copy_dtype == torch.promote_types(output.dtype, residual.dtype):
             copy_dtype = None
-        want_sum = self.layer.norm_first
+        want_sum, save = self.layer.norm_first, "sum"
+        if self.keeps_output(norm_name, norm):
+            save = "output" if copy_dtype is None else "copy"
         result = dropout_add_layer_norm(
             output,
             residual,
@@ -471,7 +477,7 @@ class _Call:
             return_sum=want_sum,
             out_dtype=out_dtype,
             copy_dtype=copy_dtype,
-            save="output" if self.keeps_output(norm_name, norm) else "sum",
+            save=save,
             **options,
         )
         if want_sum:

@@ -743,11 +743,19 @@ def test_types_of_gradients(
 
 
 @pytest.mark.parametrize("columns", [264, 265, 1536])
-@pytest.mark.parametrize("dtype", [f32, f16, bf16])
+@pytest.mark.parametrize(
+    ("dtype", "kept", "grad"),
+    [
+        *((dtype, dtype, dtype) for dtype in (f32, f16, bf16)),
+        *((f32, kept, grad) for kept in (f16, bf16) for grad in (f32, kept)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_backward_from_the_result(
-    machine: Machine, dtype: torch.dtype, columns: int, affine: bool
-) -> None:
+    machine: Machine, dtype: torch.dtype, kept: torch.dtype, grad: torch.dtype, columns: int,
+    affine: bool,
+) -> None:  # fmt: skip
     """The normalised sum is (out - bias) / weight; the mean is not read."""
     rows = 9
     call = Call(dropout=DROPS, from_output=True)
@@ -755,15 +763,22 @@ def test_backward_from_the_result(
     inputs["weight"] = (0.5 + torch.rand(columns)).to(dtype) if affine else None
     inputs["bias"] = inputs["bias"] if affine else None
     result = forward(machine, call, **inputs)
-    grad_out, grad_sum = (torch.randn(rows, columns).to(dtype) for _ in range(2))
-    dtypes = dict.fromkeys(("sum", "branch"), dtype)
-    dtypes |= dict.fromkeys(("weight", "bias", "x_bias"), f32)
+    out = result.out.to(kept)
+    grad_out, grad_sum = (torch.randn(rows, columns).to(t) for t in (grad, dtype))
+    dtypes = {"sum": dtype, "branch": kept}
     weight, bias = inputs["weight"], inputs["bias"]
-    found = backward(
-        *(machine, call, result.out, grad_out, None, grad_sum),
+    without_sums = replace(call, wanted=frozenset(dtypes))
+    backward(
+        *(machine, without_sums, out, grad_out, None, grad_sum),
         *(None, result.rstd, weight, bias, dtypes),
     )
-    normalized, gain = result.out.double(), torch.ones(columns)
+    assert (machine.block() != (512, 1)) == (columns != 265)  # a thread had rows in registers
+    dtypes |= dict.fromkeys(("weight", "bias", "x_bias"), f32)
+    found = backward(
+        *(machine, call, out, grad_out, None, grad_sum),
+        *(None, result.rstd, weight, bias, dtypes),
+    )
+    normalized, gain = out.double(), torch.ones(columns)
     if affine:
         normalized, gain = (normalized - bias.double()) / weight.double(), weight
     expected = float64_backward(call, result, gain, grad_out, None, grad_sum, normalized)
@@ -1002,7 +1017,7 @@ def cuda_backend(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cuda", "cpu"])
-@pytest.mark.parametrize("save", ["sum", "output"])
+@pytest.mark.parametrize("save", ["sum", "output", "copy"])
 @pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (f32, f16), (f16, bf16)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 7, 264), (3, 5, 63), (0, 8)], ids=str)
 def test_the_ops_run_the_kernels(cuda_backend: None, shape, dtypes, save, backend) -> None:
@@ -1014,6 +1029,7 @@ def test_the_ops_run_the_kernels(cuda_backend: None, shape, dtypes, save, backen
     names = {"x": "input", "x_bias": "input_bias"}
     inputs = {names.get(name, name): x for name, x in inputs.items()}
     dropping = {"dropout_p": P, "seed": torch.tensor([SEED]), "site": SITE, "batch_first": False}
+    ends = {"sum": "input", "output": "output", "copy": "output"}
 
     def all_ops(backend: str, input: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
         affine = {name: others[name] for name in ("weight", "bias")}
@@ -1021,9 +1037,7 @@ def test_the_ops_run_the_kernels(cuda_backend: None, shape, dtypes, save, backen
         fused = dropout_add_layer_norm(
             input, **others, **options, save=save, return_sum=True, copy_dtype=f16
         )
-        alone = layer_norm(
-            input, **affine, out_dtype=bf16, save=save.replace("sum", "input"), backend=backend
-        )
+        alone = layer_norm(input, **affine, out_dtype=bf16, save=ends[save], backend=backend)
         unaligned = F.pad(others["residual"], (1, 0))[..., 1:]
         return *fused, alone, dropout_add(input, unaligned, **options)
 

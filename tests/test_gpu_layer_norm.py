@@ -176,16 +176,19 @@ def test_the_kernels_are_as_accurate_as_eager(backend, shape, dtypes) -> None:
 
 @pytest.mark.parametrize("dtypes", [(fp32, fp32), (bf16, bf16), (bf16, fp32)])
 @pytest.mark.parametrize("columns", [1024, 8200])
-def test_backward_from_the_result(backend, columns, dtypes) -> None:
+@pytest.mark.parametrize("save", ["output", "copy"])
+def test_backward_from_the_result(backend, save, columns, dtypes) -> None:
     """It starts from a rounded result, so it is held against backward from the sum."""
     inputs = make_inputs((3, 100, columns), *dtypes)
     inputs["weight"] = (inputs["weight"].abs() + 0.5).to(dtypes[1])
     inputs["bias"] *= 0.1
+    copy_dtype = bf16 if save == "copy" else None
     found, expected = (
-        helpers.results_of(there(fused(backend, save=save)), inputs) for save in ("output", "sum")
+        helpers.results_of(there(fused(backend, save=kept, copy_dtype=copy_dtype)), inputs)
+        for kept in (save, "sum")
     )
     for name, x in expected.items():
-        allowed = 16 * torch.finfo(x.dtype).eps * x.abs().max()
+        allowed = 16 * torch.finfo(copy_dtype or x.dtype).eps * x.abs().max()
         assert (found[name].float() - x.float()).abs().max() <= allowed, name
 
 
@@ -287,7 +290,8 @@ def test_small_calls_for_the_sanitizer(shape: tuple[int, ...], dtypes) -> None:
     """Every CUDA kernel once, for compute-sanitizer to watch."""
     inputs = make_inputs(shape, *dtypes)
     inputs["weight"] = inputs["weight"].abs() + 1
-    for options in ({"return_sum": True, "copy_dtype": fp16}, {"save": "output"}):
+    every = {"return_sum": True, "copy_dtype": fp16}
+    for options in (every, {"save": "output"}, {**every, "save": "copy"}):
         results = helpers.results_of(there(fused("cuda", **options)), inputs)
         assert all(x.isfinite().all() for x in results.values())
     some = {name: inputs[name] for name in ("input", "residual", "input_bias")}

@@ -341,11 +341,13 @@ def test_autocast_gives_torchs_dtypes(dtype, dropout, activation, norm_first):
 
 
 @BOTH
-def test_autocast_is_as_exact_as_torchs(norm_first):
+@pytest.mark.parametrize("save", ["default", "lean", "recompute"])
+def test_autocast_is_as_exact_as_torchs(norm_first, save):
     exact, _ = pair(norm_first=norm_first, activation="gelu")
     stock, fused = pair(norm_first=norm_first, activation="gelu", dtype=torch.float32)
     for layer in (stock, fused):
         layer.load_state_dict(exact.state_dict())
+    fused.save = save
     src = tokens(4, 16)
     expected = gradients(exact, src)
     with torch.autocast("cpu", torch.bfloat16):

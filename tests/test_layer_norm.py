@@ -464,6 +464,49 @@ def test_accuracy_from_the_output(dtype: torch.dtype, dropout_p: float, backend:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+def test_accuracy_from_the_copy(low: torch.dtype, dropout_p: float, backend: str) -> None:
+    """As exact as eager PyTorch in the copy's dtype."""
+    inputs = make_inputs((3, 63, 96), torch.float32)
+    inputs["weight"] = inputs["weight"].sign() * (0.5 + inputs["weight"].abs())
+    keep = keep_of((3, 63, 96), dropout_p)
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "site": SITE, "backend": backend}
+
+    def ours(**x: Tensor) -> Tensor:
+        return dropout_add_layer_norm(**x, **options, save="copy", copy_dtype=low)[1]
+
+    def eager(**x: Tensor) -> Tensor:
+        x = {name: tensor.to(low) for name, tensor in x.items()}
+        return eager_fused(**x, keep=keep, dropout_p=dropout_p)[0]
+
+    def oracle(**x: Tensor) -> Tensor:
+        return oracle_fused(**x, multiplier=reference.factor(keep, dropout_p))[0]
+
+    helpers.assert_as_accurate_as_eager(ours, eager, oracle, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_from_a_rounded_result_are_not_rounded(low: torch.dtype, backend: str) -> None:
+    """What is kept has 16 bits; what is computed from it, and returned, 32."""
+    x, weight = torch.randn(3, 63, 96, requires_grad=True), torch.rand(96) + 0.5
+    options = {"weight": weight, "backend": backend}
+    _, copy = dropout_add_layer_norm(x, None, **options, save="copy", copy_dtype=low)
+    out = layer_norm(x, **options, save="output", out_dtype=low)
+    assert torch.equal(out, copy)
+    xhat = out.detach().double() / weight
+    rstd = 1 / (x.detach().double().var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    grad = torch.randn(x.shape).to(low)
+    flow = grad * weight.double()
+    along = (flow * xhat).mean(-1, keepdim=True)
+    exact = rstd * (flow - flow.mean(-1, keepdim=True) - xhat * along)
+    for result in (out, copy):
+        (found,) = torch.autograd.grad(result, x, grad)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_from_the_output(backend: str) -> None:
     inputs = make_inputs((2, 2, 3), torch.float64)
     leaves = [x.requires_grad_() for x in inputs.values()]
@@ -480,9 +523,10 @@ def test_gradcheck_from_the_output(backend: str) -> None:
         )
 
     assert torch.autograd.gradcheck(fused, leaves)
-    out = dropout_add_layer_norm(**inputs, save="output", backend=backend)
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.grad(out.sin().sum(), leaves[0], create_graph=True)
+    for options in ({"save": "output"}, {"save": "copy", "copy_dtype": torch.float32}):
+        out = dropout_add_layer_norm(**inputs, **options, return_sum=True, backend=backend)[0]
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(out.sin().sum(), leaves[0], create_graph=True)
     out = layer_norm(inputs["input"], save="output", backend=backend)
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(out.sin().sum(), leaves[0], create_graph=True)
@@ -607,9 +651,9 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "layer_norm_fwd": [(x, *norm, "pytorch"), (low, *no_norm, "pytorch")],
         "layer_norm_bwd": [
-            (grad, x, *statistics, *norm, *input_end, [True, True, True]),
-            (grad.to(half), low, *statistics, *no_norm, *input_end, [True, False, False]),
-            (grad, x, None, statistics[1], *norm, *from_output, [True, True, True]),
+            (grad, x, *statistics, *norm, single, *input_end, [True, True, True]),
+            (grad.to(half), low, *statistics, *no_norm, half, *input_end, [True, False, False]),
+            (grad, low, None, statistics[1], *norm, single, *from_output, [True, True, True]),
         ],
         "dropout_add_layer_norm_fwd": [
             (x, input_bias, residual, *norm, *dropout, half, True, "pytorch"),
@@ -822,6 +866,8 @@ def test_wrong_arguments_of_the_fused_op_are_named() -> None:
         layer_norm(x, save="sum")
     with pytest.raises(ValueError, match=r"\bcopy_dtype\b"):
         dropout_add_layer_norm(x, x, copy_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"\bsave\b.*\bcopy_dtype\b"):
+        dropout_add_layer_norm(x, x, save="copy")
 
 
 @needs_extension

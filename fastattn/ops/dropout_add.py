@@ -42,8 +42,9 @@ from fastattn.ops.layer_norm import (
     statistics_fake,
 )
 
-#: What dropout_add_layer_norm may keep for backward: the sum before normalisation, or the result.
-SAVE_LEVELS = ("sum", "output")
+#: What dropout_add_layer_norm may keep for backward: the sum before normalisation, the result, or
+#: the result's copy.
+SAVE_LEVELS = ("sum", "output", "copy")
 
 
 def dropout_add_layer_norm(
@@ -84,8 +85,9 @@ def dropout_add_layer_norm(
         copy_dtype: also return the result in this dtype, for the next matrix product.
         return_sum: also return the sum before normalisation (pre-norm layers).
         save: what backward keeps: ``"sum"``, or ``"output"``, which costs nothing where a linear
-            layer keeps it anyway. Backward then divides by ``weight``, so that must not be close
-            to zero (:func:`fastattn.ops.layer_norm.why_not_from_output`), and there are no second
+            layer keeps it anyway, or ``"copy"``, as exact as ``copy_dtype``. Backward then divides
+            by ``weight``, so that must not be close to zero
+            (:func:`fastattn.ops.layer_norm.why_not_from_output`), and there are no second
             derivatives.
         backend: ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"pytorch"``; None chooses.
 
@@ -101,6 +103,8 @@ def dropout_add_layer_norm(
     _check_branch(input, residual, input_bias)
     check_floating("copy_dtype", copy_dtype)
     check_save(save, SAVE_LEVELS)
+    if save == "copy" and copy_dtype is None:
+        raise ValueError('save="copy" needs a copy_dtype')
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
     sum_dtype = fallback.sum_dtype(input, residual)
@@ -307,7 +311,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         out, total, copy, mean, rstd = _fused_forward_op(
             input, input_bias, residual, weight, bias, *options
         )
-        saved = (out, None) if save == "output" else (total, mean)
+        saved = {"sum": (total, mean), "output": (out, None), "copy": (copy, None)}[save]
         remember(ctx, (*saved, rstd, weight, bias), options)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
         ctx.sum_dtype = fallback.sum_dtype(input, residual)
@@ -360,7 +364,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
                 input_dtype,
                 ctx.sum_dtype,
                 *dropout,
-                ctx.save,
+                "sum" if ctx.save == "sum" else "output",
                 backend,
                 [
                     want_residual or (want_branch and not apart),

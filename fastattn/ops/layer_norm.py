@@ -96,7 +96,7 @@ MIN_WEIGHT = 2.0**-10
 def leaves_it_to_torch(backend: str, dtype: torch.dtype, save: str) -> bool:
     """Whether torch's own autograd is the backend: in half precision it would keep fp32 copies."""
     exact = dtype == fallback.accumulation_dtype(dtype)
-    return backend == "pytorch" and exact and save != "output"
+    return backend == "pytorch" and exact and save in ("input", "sum")
 
 
 def norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
@@ -181,17 +181,24 @@ def _forward_fake(input, weight, bias, eps, out_dtype, backend):
     return input.new_empty(input.shape, dtype=out_dtype), *statistics_fake(input)
 
 
-def _backward(grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, save, backend, want):
+def _backward(
+    grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, save, backend, want
+):
     functions = dispatch.functions("layer_norm", backend)
     arguments = NormArguments(weight, bias, eps, out_dtype)
-    gradients = functions.layer_norm_backward(grad_out, saved, mean, rstd, arguments, save, want)
+    gradients = functions.layer_norm_backward(
+        grad_out, saved, mean, rstd, arguments, input_dtype, save, want
+    )
     return tuple(saved.new_empty(0) if g is None else g for g in gradients)
 
 
-def _backward_fake(grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, save, backend, want):
+def _backward_fake(
+    grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, save, backend, want
+):
+    targets = ((saved, input_dtype), (weight, None), (bias, None))
     return tuple(
-        x.new_empty(x.shape) if wanted else saved.new_empty(0)
-        for x, wanted in zip((saved, weight, bias), want, strict=True)
+        x.new_empty(x.shape, dtype=dtype) if wanted else saved.new_empty(0)
+        for (x, dtype), wanted in zip(targets, want, strict=True)
     )
 
 
@@ -203,7 +210,7 @@ _forward_op = define(
 )
 _backward_op = define(
     f"layer_norm_bwd(Tensor grad_out, Tensor saved, Tensor? mean, Tensor rstd, {NORM_ARGUMENTS}, "
-    "str save, str backend, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    "ScalarType input_dtype, str save, str backend, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -217,29 +224,28 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, input, weight, bias, eps, out_dtype, save, backend):
         out, mean, rstd = _forward_op(input, weight, bias, eps, out_dtype, backend)
         saved = (out, None) if save == "output" else (input, mean)
-        remember(ctx, (weight, bias, *saved, rstd), (eps, out_dtype, save, backend))
-        ctx.input_dtype = input.dtype
+        remember(ctx, (weight, bias, *saved, rstd), (eps, out_dtype, input.dtype, save, backend))
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
         (weight, bias, saved, mean, rstd), options = recall(ctx)
-        eps, out_dtype, save, _ = options
+        eps, out_dtype, _, save, _ = options
         wanted = list(ctx.needs_input_grad[:3])
         if wants_second_order():
             check_second_order(save)
             gradients = norm_gradients([saved, weight, bias], eps, out_dtype, grad_out)
         else:
             gradients = _backward_op(grad_out, saved, mean, rstd, weight, bias, *options, wanted)
-        d_input, *d_affine = gradients
-        d_input = d_input.to(ctx.input_dtype) if wanted[0] else None
-        return *wanted_only((d_input, *d_affine), wanted), *(None,) * len(options)
+        return *wanted_only(gradients, wanted), None, None, None, None
 
 
 def check_second_order(save: str) -> None:
     """Raise if the inputs of a norm, which second derivatives lead back to, were not kept."""
-    if save == "output":
-        raise RuntimeError('second derivatives of a norm need its input: do not pass save="output"')
+    if save in ("output", "copy"):
+        raise RuntimeError(
+            f'second derivatives of a norm need its input: do not pass save="{save}"'
+        )
 
 
 def norm_gradients(

@@ -133,10 +133,11 @@ def layer_norm_backward(
     mean: Tensor | None,
     rstd: Tensor,
     norm: Any,
+    input_dtype: torch.dtype,
     save: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input (in ``saved``'s dtype), weight and bias, None where not ``wanted``.
+    """Gradients of input, weight and bias, None where not ``wanted``.
 
     ``saved`` is the input, or the result where ``save`` is "output", which needs no ``mean``.
     """
@@ -149,8 +150,8 @@ def layer_norm_backward(
         mean,
         rstd,
         norm,
-        saved.dtype,
-        saved.dtype,
+        input_dtype,
+        input_dtype,
         TokenDropout(),
         save,
         (want_input, False, False, want_weight, want_bias),

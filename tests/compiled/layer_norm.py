@@ -89,9 +89,10 @@ def variants(
     def backward() -> Any:
         grad_sum = stream if sum_is_used else None
         wanted = (True, dropout.drops or dtype != stream_dtype, has_bias, True, True)
+        saved, level = (grad_copy, "output") if save == "copy" else (stream, save)
         return dropout_add_layer_norm_backward(
-            stream, grad_sum, grad_copy, stream, *statistics, norm, dtype, stream_dtype, dropout,
-            save, wanted,
+            stream, grad_sum, grad_copy, saved, *statistics, norm, dtype, stream_dtype, dropout,
+            level, wanted,
         )  # fmt: skip
 
     wide = "wide_" if columns > 8192 else ""
@@ -108,7 +109,7 @@ def norm_variants(name: str, columns: int, dtype: torch.dtype = bf16) -> list[Va
     norm = NormArguments(vector, vector, 1e-5, dtype)
 
     def backward(save: str) -> Any:
-        return layer_norm_backward(x, x, *statistics, norm, save, (True, True, True))
+        return layer_norm_backward(x, x, *statistics, norm, dtype, save, (True, True, True))
 
     kernels = kernels_of("backward_kernel", TARGET)
     return [
@@ -147,6 +148,15 @@ VARIANTS = [
     *variants("1024 dropout, fp32 stream", 1024, bf16, fp32, copy_dtype=bf16),
     *variants("1024 dropout, sum used", 1024, sum_is_used=True),
     *variants("1024 dropout, from the result", 1024, keeps_sum=False, save="output"),
+    *variants(
+        "1024 dropout, fp32 stream, from the copy",
+        1024,
+        bf16,
+        fp32,
+        keeps_sum=False,
+        copy_dtype=bf16,
+        save="copy",
+    ),
     *variants("1024 dropout, odd rows", 1024, rows=ROWS - 1),
     *variants("1024 dropout, row index", 1024, dropout=DROPOUT._replace(row_index=ROW_INDEX)),
     *variants("1024 dropout, sequence first", 1024, dropout=DROPOUT._replace(batch_first=False)),

@@ -22,9 +22,9 @@ def layers_of(count: int, activation: str, dtype: torch.dtype, **options: Any) -
     return [FusedEncoderLayer(**sizes, **options) for _ in range(count)]
 
 
-def bytes_a_token(save: str, activation: str, dtype: torch.dtype) -> float:
+def bytes_a_token(save: str, activation: str, dtype: torch.dtype, **options: Any) -> float:
     """What one more layer of a stack keeps for one more token."""
-    layers = layers_of(2, activation, dtype, save=save)
+    layers = layers_of(2, activation, dtype, save=save, **options)
 
     def kept(count: int, batch: int) -> int:
         src = torch.randn(batch, LENGTH, D, dtype=dtype)
@@ -54,11 +54,19 @@ def test_what_a_layer_keeps_in_16_bits(save, widths, norms, activation) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(
-    ("save", "widths", "norms"), [("default", 28, 16), ("lean", 28, 8), ("recompute", 20, 8)]
+    ("save", "norm_first", "widths", "norms"),
+    [
+        ("default", False, 28, 16),
+        ("lean", False, 22, 8),
+        ("recompute", False, 14, 8),
+        ("default", True, 28, 16),
+        ("lean", True, 20, 8),
+        ("recompute", True, 12, 8),
+    ],
 )
-def test_what_a_layer_keeps_under_autocast(save, widths, norms, activation) -> None:
+def test_what_a_layer_keeps_under_autocast(save, norm_first, widths, norms, activation) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        found = bytes_a_token(save, activation, torch.float32)
+        found = bytes_a_token(save, activation, torch.float32, norm_first=norm_first)
     assert found == widths * D + STATISTICS + norms
 
 

@@ -387,6 +387,22 @@ def test_rows_far_from_zero(columns: int) -> None:
     check_norm(inputs["residual"], inputs["weight"], inputs["bias"])
 
 
+@pytest.mark.parametrize("save", ["output", "copy"])
+@pytest.mark.parametrize("out_dtype", [fp16, fp32], ids=str)
+def test_what_is_kept_may_be_narrower_than_the_sum(out_dtype: torch.dtype, save: str) -> None:
+    inputs = make_inputs((3, 21, 40), fp32)
+    inputs["weight"] = inputs["weight"].abs() + 0.5
+    options = {"out_dtype": out_dtype, "copy_dtype": fp16, "save": save}
+    options |= {"dropout_p": P, "seed": seed_tensor()}
+    found, expected = (
+        helpers.results_of(partial(fastattn.dropout_add_layer_norm, backend=b, **options), inputs)
+        for b in ("triton", "pytorch")
+    )
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype
+        torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-3)
+
+
 def test_parameters_in_any_dtype() -> None:
     """Computed in fp32 whatever they are; their gradients have their dtypes."""
     inputs = make_inputs((3, 21, 40), fp16)
@@ -435,8 +451,8 @@ def check_backward_from_the_result(shape: tuple[int, int], parts: str) -> None:
     out, _, _ = kernels.layer_norm_forward(x, norm)
     grad = torch.randn_like(x)
     wanted = (True, norm.weight is not None, norm.bias is not None)
-    expected = kernels.layer_norm_backward(grad, x, mean, rstd, norm, "input", wanted)
-    found = kernels.layer_norm_backward(grad, out, None, rstd, norm, "output", wanted)
+    expected = kernels.layer_norm_backward(grad, x, mean, rstd, norm, x.dtype, "input", wanted)
+    found = kernels.layer_norm_backward(grad, out, None, rstd, norm, x.dtype, "output", wanted)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -727,7 +743,7 @@ def test_registration(op: str) -> None:
     }
     statistics = (statistic, statistic, *affine)
     backwards = {
-        "layer_norm": (x, x, *statistics, "input", "triton", [True] * 3),
+        "layer_norm": (x, x, *statistics, x.dtype, "input", "triton", [True] * 3),
         "dropout_add_layer_norm": (
             x, x, residual, x, *statistics, fp16, fp32, *dropout, "output", "triton", [True] * 5
         ),
