@@ -345,11 +345,15 @@ _ACTIVATE_IN_PLACE = {
     "silu": lambda x: F.silu(x, inplace=True),
     "identity": lambda x: x,
 }
-_ACTIVATION_BACKWARD = {
-    "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
-    "gelu": lambda grad, x: aten.gelu_backward(grad, x, approximate="none"),
-    "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
-    "silu": lambda grad, x: aten.silu_backward(grad, x),
+_relu_backward, _gelu_backward, _silu_backward = (
+    getattr(aten, name).grad_input
+    for name in ("threshold_backward", "gelu_backward", "silu_backward")
+)
+_ACTIVATION_BACKWARD_IN_PLACE = {
+    "relu": lambda grad, x: _relu_backward(grad, x, 0, grad_input=grad),
+    "gelu": lambda grad, x: _gelu_backward(grad, x, approximate="none", grad_input=grad),
+    "gelu_tanh": lambda grad, x: _gelu_backward(grad, x, approximate="tanh", grad_input=grad),
+    "silu": lambda grad, x: _silu_backward(grad, x, grad_input=grad),
     "identity": lambda grad, x: grad,
 }
 
@@ -448,7 +452,7 @@ def feed_forward_backward(
     d_hidden = torch.addmm(grad_out.new_zeros(1), grad_out, weight2, beta=0, alpha=scale)
     if factor is not None:
         d_hidden.mul_(factor)
-    d_hidden = _ACTIVATION_BACKWARD[activation](d_hidden, hidden)
+    _ACTIVATION_BACKWARD_IN_PLACE[activation](d_hidden, hidden)
     if d_input is not None:
         torch.mm(d_hidden, weight1, out=d_input)
     return (
@@ -493,7 +497,7 @@ def bias_activation_dropout_backward(
     hidden = input if bias is None else input + bias
     factor = _activation_factor(dropout, hidden)
     grad = grad_out.clone() if factor is None else (grad_out * factor).to(grad_out.dtype)
-    grad = _ACTIVATION_BACKWARD[activation](grad, hidden)
+    _ACTIVATION_BACKWARD_IN_PLACE[activation](grad, hidden)
     if not want_bias:
         return grad, None
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
