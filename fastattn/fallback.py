@@ -640,9 +640,11 @@ def dropout_add_layer_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """The result, the sum (None unless kept), the copy (None unless wanted), mean and rstd."""
     total = dropout_add_forward(input, input_bias, residual, dropout)
-    out, mean, rstd = layer_norm_forward(total, arguments)
-    copy = None if copy_dtype is None else out.to(copy_dtype, copy=True)
-    return out, (total if keep_sum else None), copy, mean, rstd
+    dtype = arguments.out_dtype
+    wide = dtype if copy_dtype is None else accumulation_dtype(total.dtype)
+    exact, mean, rstd = layer_norm_forward(total, arguments._replace(out_dtype=wide))
+    copy = None if copy_dtype is None else exact.to(copy_dtype, copy=wide == dtype)
+    return exact.to(dtype), (total if keep_sum else None), copy, mean, rstd
 
 
 def dropout_add_layer_norm_backward(

@@ -306,7 +306,7 @@ class _Call:
         del branch  # so that the feed-forward block may have its memory
         branch = self.feed_forward(x if copy is None else copy)
         del copy
-        keeps_copy = torch.is_grad_enabled() and self.keeps_output("norm2", layer.norm2)
+        keeps_copy = torch.is_grad_enabled() and "norm2" in layer._from_output
         low = autocast_dtype(x) if keeps_copy else None
         sites = (dropout.RESIDUAL_2, "dropout2")
         return self.add_norm(branch, x, "norm2", *sites, copy_dtype=low)[1]
@@ -466,7 +466,8 @@ class _Call:
             copy_dtype = None
         want_sum, save = self.layer.norm_first, "sum"
         if self.keeps_output(norm_name, norm):
-            save = "output" if copy_dtype is None else "copy"
+            lean = norm_name in self.layer._from_output
+            save = "copy" if lean and copy_dtype is not None else "output"
         result = dropout_add_layer_norm(
             output,
             residual,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import FusedEncoderLayer, fallback
+from fastattn import FusedEncoderLayer, FusedLayerNorm, dropout_add_layer_norm, fallback, layers
 
 BOTH = pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "sequence"])
@@ -666,6 +666,26 @@ def test_wrong_chunks_are_named():
     with pytest.raises(ValueError, match="chunk_tokens"):
         layer.chunk_tokens = 0
     assert layer.chunk_tokens == 3
+
+
+def test_what_norms_keep_under_autocast(monkeypatch):
+    """A copy if the layer is asked to be lean; a norm that is asked to keeps its whole result."""
+    kept = []
+
+    def spy(*args, save, **kwargs):
+        kept.append(save)
+        return dropout_add_layer_norm(*args, save=save, **kwargs)
+
+    monkeypatch.setattr(layers, "dropout_add_layer_norm", spy)
+    layer = FusedEncoderLayer(16, 2, 24, batch_first=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for save in ("default", "lean"):
+            layer.save = save
+            layer(torch.randn(2, 5, 16))
+        layer.save = "default"
+        layer.norm1 = layer.norm2 = FusedLayerNorm(16, save="output")
+        layer(torch.randn(2, 5, 16))
+    assert kept == ["sum", "sum", "copy", "copy", "output", "output"]
 
 
 def test_norms_whose_weights_forbid_it_keep_their_sum():

@@ -487,6 +487,21 @@ def test_accuracy_from_the_copy(low: torch.dtype, dropout_p: float, backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_copy_is_not_rounded_twice(recorded: bool, dropout_p: float, backend: str) -> None:
+    """It may be wider than the result."""
+    inputs = make_inputs((3, 5, 8), torch.float32)
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "backend": backend}
+    exact = dropout_add_layer_norm(**inputs, **options)
+    inputs["weight"].requires_grad_(recorded)
+    low = torch.bfloat16
+    out, copy = dropout_add_layer_norm(**inputs, **options, out_dtype=low, copy_dtype=exact.dtype)
+    torch.testing.assert_close(copy, exact)
+    assert torch.equal(out, exact.to(low)) and not torch.equal(out.float(), copy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_from_a_rounded_result_are_not_rounded(low: torch.dtype, backend: str) -> None:
     """What is kept has 16 bits; what is computed from it, and returned, 32."""

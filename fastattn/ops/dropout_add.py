@@ -115,8 +115,13 @@ def dropout_add_layer_norm(
     composite = needs_composite(*tensors)
     if composite or (leaves_it_to_torch(backend, sum_dtype, save) and not dropout.drops):
         total = _plain_sum(composite, input, input_bias, residual, dropout)
-        out = fallback.layer_norm_composite(total, weight, bias, arguments)
-        copy = None if copy_dtype is None else out.to(copy_dtype, copy=True)
+        dtype = arguments.out_dtype
+        wide = dtype if copy_dtype is None else fallback.accumulation_dtype(total.dtype)
+        exact = fallback.layer_norm_composite(
+            total, weight, bias, arguments._replace(out_dtype=wide)
+        )
+        copy = None if copy_dtype is None else exact.to(copy_dtype, copy=wide == dtype)
+        out = exact.to(dtype)
     else:
         recorded = torch.is_grad_enabled() and _require_grad(*tensors)
         keep_sum = return_sum or (recorded and save == "sum")

@@ -5,8 +5,9 @@ So forward neither writes nor reads them between two kernels, and backward not t
 
 The dropout contract decides the columns n, n + 8, ..., n + 56 of a block of 64 by one call of
 Philox. Tiles are a multiple of 64 columns wide and all warps lie along the rows, so that the thread
-that holds one of these accumulators of a row holds all eight: decisions do not travel. (Triton lays
-the warps of a lone ``mma.sync`` in both directions, those of products in a chain along the rows.)
+that holds one of these accumulators of a row holds all eight: no decision travels by itself.
+(Triton lays the warps of a lone ``mma.sync`` in both directions, those of products in a chain along
+the rows.)
 """
 
 from __future__ import annotations
@@ -425,7 +426,7 @@ feed_forward_backward = _block.feed_forward_backward
 
 
 def _config(hidden: Tensor, has_light_epilogue: bool) -> Config:
-    """The tile for an architecture: the widest whose epilogue neither spills nor exchanges."""
+    """The tile for an architecture: the widest that does not spill, nor exchange for dropout."""
     major = capability(hidden.device)[0]
     if major == 9:
         return Config(128, 256, 64, 1, 8, 3, 4, BY_ROWS=False)

@@ -9,6 +9,8 @@ import feed_forward_checks as checks
 import helpers
 import pytest
 import torch
+import triton
+import triton.language as tl
 from feed_forward_checks import EAGER, LAYOUTS, P, check, seed_tensor
 from sanitizer import Sanitizer
 from torch import Tensor
@@ -238,6 +240,28 @@ def test_the_tiles_of_every_architecture(capability, activation, monkeypatch) ->
     monkeypatch.setattr(gemm, "capability", lambda device: capability)
     inputs = make_inputs((300, 40), 328)
     check(inputs, P, activation, backend="triton_gemm")
+
+
+@triton.jit
+def mark_kernel(Sums, Kept, Marked, Found, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    sums = gemm.marked(tl.load(Sums + place), tl.load(Kept + place) != 0)
+    tl.store(Marked + place, sums)
+    tl.store(Found + place, gemm.is_kept(sums).to(tl.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_kept_zero_of_either_sign_is_not_taken_for_a_dropped_one(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, 1.5, -1.5, tiny, -tiny, tiny / 4, float("inf"), -float("inf")]
+    values += [float("nan"), -float("nan"), torch.finfo(dtype).max, torch.finfo(dtype).min]
+    sums = torch.tensor([*values, -2.0, 3.0, 0.5], dtype=dtype).repeat(2)
+    kept = (torch.arange(32) < 16).to(torch.int8)
+    marked, found = torch.empty_like(sums), torch.empty_like(kept)
+    mark_kernel[(1,)](sums, kept, marked, found, BLOCK=32)
+    assert torch.equal(found, kept)
+    torch.testing.assert_close(marked[:16], sums[:16], rtol=0, atol=0, equal_nan=True)
+    assert (marked[16:] == 0).all()
 
 
 def test_programs_go_from_tile_to_tile(monkeypatch) -> None:
