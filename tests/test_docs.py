@@ -66,7 +66,7 @@ WITH_EXAMPLES = [d for d in DOCUMENTS if blocks(d.read_text(encoding="utf-8"), "
 
 
 def test_the_documents_that_teach_have_examples() -> None:
-    assert {"README.md", "docs/dropout.md", "docs/math.md"} <= set(map(name, WITH_EXAMPLES))
+    assert {"README.md", "docs/dropout.md", "docs/guide.md", "docs/math.md"} <= set(map(name, WITH_EXAMPLES))
 
 
 @pytest.mark.parametrize("document", WITH_EXAMPLES, ids=name)
