@@ -1,49 +1,85 @@
-"""Masked-language-model pre-training of a small encoder, on text that is already on the machine.
+"""Pre-training of a small encoder on text that is already on the machine.
 
     python examples/pretrain.py                          # fused layers, text that comes with Python
     python examples/pretrain.py --layer stock --out runs/stock
     python examples/pretrain.py --text book.txt --steps 5000 --out runs/book
-    python examples/pretrain.py --steps 4000 --resume    # go on from runs/pretrain
+    python examples/pretrain.py --resume                 # go on from runs/pretrain
+    torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp --out runs/two
 
-Each run leaves ``checkpoint.safetensors``, ``log.csv`` and ``loss.png`` in its folder. A resumed
-run computes, bit for bit, what the uninterrupted one would have.
+The objectives are masked language modelling and the order of two segments. A run leaves in its
+folder ``checkpoint.safetensors`` and ``best.safetensors`` (the weights with the lowest held-out
+loss), ``tokenizer.json``, ``log.csv`` and ``loss.png``. A resumed run computes, bit for bit, what
+the uninterrupted one would have, given the same options and number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from text import VOCABULARY, Batch, Corpus, TextError, file_documents, make_batch, python_documents
+from runs import (
+    Log,
+    Processes,
+    Report,
+    RunError,
+    digest,
+    gradient_exchange,
+    load_random_state,
+    load_state,
+    model_state,
+    number,
+    optimizer_state,
+    parallel,
+    peak_memory,
+    processes,
+    random_state,
+    read_checkpoint,
+    usable_device,
+    whole,
+    write_checkpoint,
+    write_plot,
+    write_whole,
+)
+from text import (
+    Batch,
+    Corpus,
+    StepSampler,
+    TextError,
+    Vocabulary,
+    file_documents,
+    join,
+    minilm_tokenizer,
+    python_documents,
+    read_tokenizer,
+    train_tokenizer,
+)
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from fastattn import FusedEncoderLayer
+from fastattn.models import SequenceEncoder
+from fastattn.objectives import masked_language_model_loss, sentence_order_loss
 
-LAYERS = {"stock": nn.TransformerEncoderLayer, "fused": FusedEncoderLayer}
-WARM_UP = 100  # steps over which the learning rate rises to --lr, to stay there
-HELD_OUT_BATCHES = 8  # the same ones at every evaluation of every run
+Layer = str | Callable[..., nn.Module]
 
-LayerClass = Callable[..., nn.Module]
-
-
-class RunError(Exception):
-    """What the user has to know; the message names the argument or the file."""
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLUMNS = (
+    "train_loss",  # of masked tokens, in nats
+    "train_order_loss",
+    "learning_rate",
+    "gradient_norm",  # before clipping
+    "held_out_loss",
+    "held_out_order_loss",
+    "held_out_order_accuracy",
+    "tokens_per_second",
+)
 
 
 @dataclass(frozen=True)
@@ -58,325 +94,319 @@ class Configuration:
     d_ff: int
     dropout: float
     lr: float
+    warm_up: int
+    clip: float
+    order_weight: float
+    amp: str
     seed: int
-    text: str  # digest of the training text
+    text: str  # digest of the documents
+    tokenizer: str  # digest
 
 
-# ----------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------ model
 
 
-class MaskedLanguageModel(nn.Module):
-    """Embedding and sinusoidal positions -> encoder layers -> logits of the chosen tokens only."""
+class Losses(NamedTuple):
+    """Sums over the sequences of a batch, or of several."""
 
-    def __init__(self, configuration: Configuration, layer_class: LayerClass) -> None:
+    masked: Tensor  # nats
+    order: Tensor  # nats
+    right: Tensor  # orders that were recognised
+
+
+class PretrainingModel(nn.Module):
+    """An encoder with a head for each objective."""
+
+    def __init__(
+        self, c: Configuration, vocabulary: Vocabulary, layer: Layer, checkpoint_layers: bool
+    ) -> None:
         super().__init__()
-        c = configuration
-        self.embedding = nn.Embedding(VOCABULARY, c.d_model)
-        self.register_buffer("positions", sinusoids(c.seq_len, c.d_model), persistent=False)
-        self.layers = nn.ModuleList(
-            layer_class(
-                c.d_model, c.heads, c.d_ff, dropout=c.dropout, activation="gelu", batch_first=True
-            )
-            for _ in range(c.layers)
+        self.encoder = SequenceEncoder(
+            vocabulary.size,
+            c.d_model,
+            c.heads,
+            c.d_ff,
+            c.layers,
+            c.dropout,
+            layer=layer,
+            max_len=c.seq_len,
+            batch_first=True,
+            checkpoint_layers=checkpoint_layers,
+            activation="gelu",
         )
-        self.head = nn.Linear(c.d_model, VOCABULARY)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        self.order = nn.Linear(c.d_model, 2)
 
-    def forward(self, tokens: Tensor, padding: Tensor | None, chosen: Tensor) -> Tensor:
-        """Logits (predictions, vocabulary) for the places ``chosen`` in the flattened batch."""
-        width = self.embedding.embedding_dim
-        hidden = self.embedding(tokens) * math.sqrt(width) + self.positions[: tokens.shape[1]]
-        for layer in self.layers:
-            hidden = layer(hidden, src_key_padding_mask=padding)
-        return self.head(hidden.reshape(-1, width)[chosen])
-
-
-def sinusoids(length: int, width: int) -> Tensor:
-    """Positions as in "Attention is all you need" (arXiv:1706.03762), section 3.5."""
-    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    angle = torch.arange(length)[:, None] * frequency
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+    def forward(self, batch: Batch) -> Losses:
+        hidden = self.encoder(batch.masked.tokens, batch.padding, return_hidden=True)
+        masked = masked_language_model_loss(
+            hidden, batch.masked, self.encoder.output, reduction="sum"
+        )
+        logits = self.order(hidden[:, 0])
+        order = sentence_order_loss(hidden, batch.swapped, lambda _: logits, batch_first=True)
+        right = (logits.detach().argmax(-1) == batch.swapped).sum()
+        return Losses(masked, order * len(batch.swapped), right)
 
 
-def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, averaged over the chosen tokens (zero where none was chosen)."""
-    logits = model(batch.tokens, batch.padding, batch.chosen)
-    total = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-    return total / max(len(batch.targets), 1)
+def learning_rate(step: int, steps: int, c: Configuration) -> float:
+    """Of the step that has ``step`` before it: a linear rise, then half a cosine down to zero."""
+    if step < c.warm_up:
+        return c.lr * (step + 1) / c.warm_up
+    done = (step - c.warm_up) / max(steps - c.warm_up, 1)
+    return c.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+class Evaluation(NamedTuple):
+    loss: float  # nats a masked token
+    order_loss: float  # nats a sequence
+    right: int
+    sequences: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.sequences
+
+
+def wilson_interval(right: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a probability (Wilson, 1927)."""
+    z = 1.959964
+    centre = (right + z * z / 2) / (trials + z * z)
+    half = z / (trials + z * z) * math.sqrt(right * (trials - right) / trials + z * z / 4)
+    return centre - half, centre + half
+
+
+def held_out_sequences(available: int, wanted: int, batch_size: int) -> list[int]:
+    """Evenly spaced windows, in whole batches: at least ``wanted``, if there are."""
+    batches = min(math.ceil(wanted / batch_size), available // batch_size)
+    count = batches * batch_size
+    return [place * available // count for place in range(count)]
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: nn.Module, corpus: Corpus, c: Configuration, device: torch.device
-) -> float:
-    """Loss on a fixed sample of the held-out text, in evaluation mode."""
-    model.eval()
-    total, predictions = 0.0, 0
-    for index in range(HELD_OUT_BATCHES):
-        batch = make_batch(corpus.held_out, c.batch_size, c.seq_len, f"held out/{index}").to(device)
-        total += mean_loss(model, batch).item() * len(batch.targets)
-        predictions += len(batch.targets)
-    model.train()
-    return total / max(predictions, 1)
-
-
-# ------------------------------------------------------------------------------- log and progress
-
-
-@dataclass
-class History:
-    """What a run has measured so far."""
-
-    train_loss: list[float] = field(default_factory=list)  # one a step
-    tokens_per_second: list[float] = field(default_factory=list)  # one a step
-    held_out_loss: dict[int, float] = field(default_factory=dict)  # by the steps done before
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        return {
-            "history.train_loss": torch.tensor(self.train_loss, dtype=torch.float64),
-            "history.tokens_per_second": torch.tensor(self.tokens_per_second, dtype=torch.float64),
-            "history.evaluated": torch.tensor(list(self.held_out_loss), dtype=torch.int64),
-            "history.held_out_loss": torch.tensor(
-                list(self.held_out_loss.values()), dtype=torch.float64
-            ),
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> History:
-        evaluated = tensors["history.evaluated"].tolist()
-        losses = tensors["history.held_out_loss"].tolist()
-        return cls(
-            tensors["history.train_loss"].tolist(),
-            tensors["history.tokens_per_second"].tolist(),
-            dict(zip(evaluated, losses, strict=True)),
-        )
-
-    def write_csv(self, path: Path) -> None:
-        with path.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["step", "train_loss", "held_out_loss", "tokens_per_second"])
-            for step in range(len(self.train_loss) + 1):
-                train = [self.train_loss[step - 1], self.tokens_per_second[step - 1]]
-                loss, speed = train if step else ["", ""]
-                rows.writerow([step, loss, self.held_out_loss.get(step, ""), speed])
-
-    def write_plot(self, path: Path, unigram: float, title: str) -> None:
-        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
-        steps = range(1, len(self.train_loss) + 1)
-        axes.plot(steps, self.train_loss, linewidth=0.7, alpha=0.6, label="training")
-        axes.plot(self.held_out_loss.keys(), self.held_out_loss.values(), "o-", label="held out")
-        axes.axhline(unigram, color="gray", linestyle="--", label="unigram entropy")
-        axes.set(xlabel="step", ylabel="loss (nats per masked byte)", title=title)
-        axes.legend()
-        figure.savefig(path, dpi=150)
-
-
-class Report:
-    """A live line on a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, done: int, steps: int) -> None:
-        self.steps = steps
-        self.bar: Progress | None = None
-        if sys.stdout.isatty():
-            text = "step {task.completed}/{task.total} {task.description}"
-            self.bar = Progress(BarColumn(20), TextColumn(text), TimeRemainingColumn())
-            self.task = self.bar.add_task("", total=steps, completed=done)
-
-    def context(self) -> AbstractContextManager:
-        return self.bar or nullcontext()
-
-    def show(self, history: History) -> None:
-        step = len(history.train_loss)
-        speed = history.tokens_per_second[-10:]
-        line = (
-            f"train {history.train_loss[-1]:.4f}  "
-            f"held out {list(history.held_out_loss.values())[-1]:.4f}  "
-            f"{sum(speed) / len(speed):,.0f} tokens/s"
-        )
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=line)
-        elif step in history.held_out_loss or step % max(self.steps // 20, 1) == 0:
-            print(f"step {step}/{self.steps}  {line}", flush=True)
-
-
-# ------------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-    configuration: Configuration,
-    device: torch.device,
-) -> None:
-    """Write a checkpoint beside ``path`` and rename it, so that ``path`` is never half written."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise RunError("the weights are no longer finite; the last checkpoint is kept")
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    tensors |= history.to_tensors()
-    tensors["random.cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"configuration": json.dumps(asdict(configuration)), "digest": digest(tensors)}
-
-    unfinished = path.with_suffix(".unfinished")
-    try:
-        save_file(tensors, unfinished, metadata)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise RunError(f"--out: cannot write {path}: {error}; the last one is kept") from error
-
-
-def load_checkpoint(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    configuration: Configuration,
-    device: torch.device,
-) -> History:
-    """Take up a checkpoint's weights, moments and random state; returns its history."""
-    tensors, saved = read_checkpoint(path)
-    for name, value in asdict(configuration).items():
-        if saved.get(name) != value:
-            raise RunError(
-                f"--resume: {path} belongs to another configuration: "
-                f"--{name.replace('_', '-')} was {saved.get(name)}, now it is {value}"
-            )
-    model.load_state_dict(
-        {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    )
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    torch.set_rng_state(tensors["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    return History.from_tensors(tensors)
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a checkpoint and its configuration, once they have proved to be whole."""
-    if not path.is_file():
-        raise RunError(f"--resume: there is no checkpoint {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"--resume: cannot read {path}: {error}") from error
-    if metadata.get("digest") != digest(tensors):
-        raise RunError(f"--resume: {path} is damaged, or not a checkpoint of this program")
-    return tensors, json.loads(metadata["configuration"])
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names and contents."""
-    content = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        content.update(name.encode())
-        content.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return content.hexdigest()
+def evaluate(trainer: Trainer, wanted: int) -> Evaluation:
+    """Losses and accuracy on the same held-out windows in every run, without dropout."""
+    windows, batch_size = trainer.corpus.held_out, trainer.c.batch_size
+    group = trainer.processes
+    sequences = held_out_sequences(len(windows), wanted, batch_size)
+    trainer.model.eval()
+    sums, predictions = torch.zeros(3, dtype=torch.float64), 0
+    for start in range(0, len(sequences), batch_size):
+        mine = sequences[start + group.rank : start + batch_size : group.count]
+        batch = join([windows["held out", number] for number in mine])
+        with trainer.precision():
+            losses = trainer.model(batch.to(group.device))
+        sums += torch.stack([loss.double().cpu() for loss in losses])
+        predictions += len(batch.masked.targets)
+    trainer.model.train()
+    masked, order, right, predictions = group.total(*sums.tolist(), predictions)
+    count = len(sequences)
+    return Evaluation(masked / max(predictions, 1), order / count, round(right), count)
 
 
 # --------------------------------------------------------------------------------------- training
 
 
-class Result(NamedTuple):
-    history: History
-    unigram_entropy: float  # nats per byte
+class Trainer:
+    """A model in training, with all that a checkpoint holds."""
 
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        c: Configuration,
+        corpus: Corpus,
+        layer: Layer,
+        processes: Processes,
+    ) -> None:
+        self.options, self.c, self.corpus, self.processes = options, c, corpus, processes
+        self.path = options.out / "checkpoint.safetensors"
+        torch.manual_seed(c.seed)
+        vocabulary = corpus.train.vocabulary
+        model = PretrainingModel(c, vocabulary, layer, options.checkpoint_layers)
+        model.to(processes.device).train()
+        self.model = parallel(model, model.encoder.layers, options.parallel, processes)
+        torch.manual_seed(c.seed + processes.rank)  # each process has dropout of its own
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=c.lr)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=c.amp == "fp16")
+        self.log = Log(COLUMNS)
+        self.best = math.inf
 
-def train(
-    options: argparse.Namespace, corpus: Corpus, c: Configuration, layer_class: LayerClass
-) -> History:
-    torch.manual_seed(c.seed)
-    device: torch.device = options.device
-    model = MaskedLanguageModel(c, layer_class).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr)
-    checkpoint = options.out / "checkpoint.safetensors"
-    if options.resume:
-        history = load_checkpoint(checkpoint, model, optimizer, c, device)
-    else:
-        history = History(held_out_loss={0: held_out_loss(model, corpus, c, device)})
-    done = len(history.train_loss)
-    if done > options.steps:
-        raise RunError(f"--steps {options.steps}: {checkpoint} has {done} steps behind it already")
+    @property
+    def done(self) -> int:
+        return max(len(self.log.rows) - 1, 0)
 
-    report = Report(done, options.steps)
-    with report.context():
-        for step in range(done, options.steps):
-            started = time.perf_counter()
-            batch = make_batch(corpus.train, c.batch_size, c.seq_len, f"{c.seed}/{step}").to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = c.lr * min(1.0, (step + 1) / WARM_UP)
-            loss = mean_loss(model, batch)
-            if not loss.isfinite():
-                raise RunError(
-                    f"the loss of step {step + 1} is {loss}; the last checkpoint is kept"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.train_loss.append(loss.item())
-            padded = 0 if batch.padding is None else int(batch.padding.sum())
-            tokens = batch.tokens.numel() - padded
-            history.tokens_per_second.append(tokens / (time.perf_counter() - started))
+    def precision(self) -> torch.autocast:
+        dtype = AMP[self.c.amp]
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
 
-            last = step + 1 == options.steps
-            if last or (step + 1) % options.eval_every == 0:
-                history.held_out_loss[step + 1] = held_out_loss(model, corpus, c, device)
-            if last or (step + 1) % options.checkpoint_every == 0:
-                save_checkpoint(checkpoint, model, optimizer, history, c, device)
-                history.write_csv(options.out / "log.csv")
-            report.show(history)
-    return history
+    def batches(self) -> Iterator[Batch]:
+        """The micro-batches of this process, from the next step to the last."""
+        group, options = self.processes, self.options
+        sampler = StepSampler(
+            len(self.corpus.train),
+            self.c.batch_size,
+            range(self.done, options.steps),
+            seed=self.c.seed,
+            process=group.rank,
+            processes=group.count,
+            micro_batches=options.accumulate,
+        )
+        loader = DataLoader(
+            self.corpus.train,
+            batch_sampler=sampler,
+            collate_fn=join,
+            num_workers=options.workers,
+            generator=torch.Generator(),  # else the loader draws from the one that decides dropout
+        )
+        return iter(loader)
 
+    def step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Train on the next micro-batches; returns the row of the log.
 
-# --------------------------------------------------------------------------------- command line
-
-
-def whole(low: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low}, got {text!r}")
-        return int(text)
-
-    return convert
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(
-                f"expected a number from {low:g} to below {high:g}, got {text!r}"
+        Losses are divided by the predictions and the sequences of all processes and micro-batches,
+        so that a gradient does not depend on how they were dealt out.
+        """
+        started = time.perf_counter()
+        c, group, number = self.c, self.processes, self.done + 1
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = learning_rate(self.done, self.options.steps, c)
+        parts = [next(batches) for _ in range(self.options.accumulate)]
+        predictions, tokens = group.total(
+            sum(len(part.masked.targets) for part in parts),
+            sum(int((~part.padding).sum()) for part in parts),
+        )
+        predictions = max(predictions, 1)
+        masked = order = 0.0
+        for index, part in enumerate(parts):
+            with gradient_exchange(self.model, index + 1 == len(parts)), self.precision():
+                losses = self.model(part.to(group.device))
+                loss = losses.masked / predictions + c.order_weight * losses.order / c.batch_size
+                # The exchange takes the mean over processes, and the sum is due.
+                self.scaler.scale(loss * group.count).backward()
+            masked, order = masked + losses.masked.detach(), order + losses.order.detach()
+        masked, order = group.total(float(masked), float(order))
+        if not math.isfinite(masked + order):
+            raise RunError(
+                f"the loss of step {number} is {masked + order}; the last checkpoint is kept"
             )
-        return value
+        norm = self.update(number)
+        return {
+            "train_loss": masked / predictions,
+            "train_order_loss": order / c.batch_size,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "tokens_per_second": tokens / (time.perf_counter() - started),
+        }
 
-    return convert
+    def update(self, number: int) -> float:
+        """Clip the gradients and change the weights; returns the norm that was."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # which skips such steps
+            raise RunError(
+                f"the gradients of step {number} have the norm {norm}; the last checkpoint is kept"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def evaluate(self, row: dict[str, float]) -> None:
+        """Add held-out losses to a row of the log, and keep the best weights."""
+        result = evaluate(self, self.options.eval_sequences)
+        row["held_out_loss"] = result.loss
+        row["held_out_order_loss"] = result.order_loss
+        row["held_out_order_accuracy"] = result.accuracy
+        whole_loss = result.loss + self.c.order_weight * result.order_loss
+        if whole_loss < self.best:
+            self.best = whole_loss
+            weights = model_state(self.model)
+            if self.processes.first:
+                facts = {"configuration": asdict(self.c), "step": self.done, "loss": whole_loss}
+                write_checkpoint(self.options.out / "best.safetensors", weights, facts)
+
+    def save(self) -> None:
+        group = self.processes
+        tensors = model_state(self.model) | optimizer_state(self.model, self.optimizer)
+        tensors |= random_state(group)
+        if group.first:
+            tensors["log"] = self.log.tensor()
+            facts = {
+                "configuration": asdict(self.c),
+                "steps": self.options.steps,
+                "processes": group.count,
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+            }
+            write_checkpoint(self.path, tensors, facts)
+            self.log.write_csv(self.options.out / "log.csv")
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, and say what keeps the run from being the uninterrupted one.
+
+        Raises:
+            RunError: there is no whole checkpoint, or it belongs to another configuration.
+        """
+        tensors, facts = read_checkpoint(self.path)
+        for name, value in asdict(self.c).items():
+            if facts["configuration"].get(name) != value:
+                raise RunError(
+                    f"--resume: {self.path} belongs to another configuration: "
+                    f"--{name.replace('_', '-')} was {facts['configuration'].get(name)}, "
+                    f"now it is {value}"
+                )
+        load_state(self.model, self.optimizer, tensors)
+        self.scaler.load_state_dict(facts["scaler"])
+        self.log = Log.from_tensor(COLUMNS, tensors["log"])
+        self.best = facts["best"]
+        group, steps = self.processes, self.options.steps
+        if self.done > steps:
+            raise RunError(f"--steps {steps}: {self.path} has {self.done} steps behind it already")
+        notes = []
+        if facts["processes"] == group.count:
+            load_random_state(group, tensors)
+        else:
+            torch.manual_seed(self.c.seed + self.done * group.count + group.rank)
+            notes.append(f"{facts['processes']} processes before, {group.count} now: other dropout")
+        if facts["steps"] != steps:
+            notes.append(f"--steps was {facts['steps']}, now it is {steps}: other learning rates")
+        if group.first:
+            print("\n".join([f"resumed after step {self.done}", *notes]))
+
+    def train(self) -> None:
+        options = self.options
+        report = Report(self.done, options.steps, silent=not self.processes.first)
+        if not self.log.rows:
+            first: dict[str, float] = {}
+            self.evaluate(first)
+            self.log.rows.append(first)
+        batches = self.batches()
+        with report.context():
+            while self.done < options.steps:
+                row = self.step(batches)
+                self.log.rows.append(row)
+                last = self.done == options.steps
+                if last or self.done % options.eval_every == 0:
+                    self.evaluate(row)
+                if last or self.done % options.checkpoint_every == 0:
+                    self.save()
+                report.show(self.done, self.summary(), important="held_out_loss" in row)
+
+    def summary(self) -> str:
+        """The last measurements in a line."""
+        row, speed = self.log.rows[-1], self.log["tokens_per_second"][1:][-10:]
+        held_out = list(self.log.measured("held_out_loss").values())[-1]
+        accuracy = list(self.log.measured("held_out_order_accuracy").values())[-1]
+        return (
+            f"train {row['train_loss']:.4f} + {row['train_order_loss']:.4f}  "
+            f"held out {held_out:.4f}, order {accuracy:.3f}  "
+            f"{sum(speed) / len(speed):,.0f} tokens/s"
+        )
 
 
-def usable_device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
+# ----------------------------------------------------------------------------------- command line
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -385,69 +415,156 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, natural = parser.add_argument, whole(1)
-    add("--layer", choices=LAYERS, default="fused", help="kind of encoder layer")
+    add("--layer", choices=("stock", "fused"), default="fused", help="kind of encoder layer")
     add("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 files instead of Python's text")
+    add("--tokenizer", default="trained", metavar="NAME",
+        help="'trained' on the text, 'minilm', or a tokenizer.json")  # fmt: skip
+    add("--vocabulary", type=natural, default=8000, help="tokens that 'trained' aims at")
     add("--steps", type=natural, default=2000)
-    add("--batch-size", type=natural, default=32, help="sequences in a step")
-    add("--seq-len", type=natural, default=64, help="bytes in a sequence")
+    add("--batch-size", type=natural, default=32, help="sequences in a step, over all processes")
+    add("--accumulate", type=natural, default=1, help="parts in which a step takes its sequences")
+    add("--seq-len", type=whole(8), default=64, help="tokens in a sequence")
     add("--d-model", type=natural, default=128)
     add("--heads", type=natural, default=4)
     add("--layers", type=natural, default=2)
     add("--d-ff", type=natural, default=512)
     add("--dropout", type=number(0, 1), default=0.1)
-    add("--lr", type=number(0, math.inf), default=3e-3, help="learning rate after the warm-up")
+    add("--lr", type=number(0, math.inf), default=1e-3, help="learning rate after the warm-up")
+    add("--warm-up", type=whole(0), default=200, metavar="STEPS")
+    add("--clip", type=number(0, math.inf), default=1.0, help="largest norm of the gradients")
+    add("--order-weight", type=number(0, math.inf), default=1.0, help="of that objective")
+    add("--amp", choices=AMP, default="off", help="precision of matrix products")
+    add("--checkpoint-layers", action="store_true", help="run layers twice to keep less memory")
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun")
+    add("--workers", type=whole(0), default=0, help="processes that prepare batches")
     add("--seed", type=whole(0), default=0)
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--checkpoint-every", type=natural, default=200, metavar="STEPS")
-    add("--eval-every", type=natural, default=100, metavar="STEPS")
+    add("--eval-every", type=natural, default=200, metavar="STEPS")
+    add("--eval-sequences", type=natural, default=256, help="held out, at an evaluation")
+    add("--order-pairs", type=natural, default=2000, help="held out, at the end")
     return parser
 
 
-def read_corpus(options: argparse.Namespace) -> Corpus:
+def choose_tokenizer(options: argparse.Namespace, documents: list[str]) -> Tokenizer:
+    """The one that ``--tokenizer`` names; when a run goes on, the one that it began with."""
+    if options.tokenizer == "minilm":
+        return minilm_tokenizer()
+    if options.tokenizer != "trained":
+        return read_tokenizer(Path(options.tokenizer))
+    if options.resume:
+        return read_tokenizer(options.out / "tokenizer.json")
+    return train_tokenizer(documents, options.vocabulary)
+
+
+def read_corpus(options: argparse.Namespace, group: Processes) -> tuple[Corpus, Tokenizer]:
     try:
-        corpus = Corpus(file_documents(options.text) if options.text else python_documents())
+        documents = file_documents(options.text) if options.text else python_documents()
     except TextError as error:
         raise RunError(f"--text: {error}") from error
-    if len(corpus.held_out.tokens) < options.seq_len:
-        name = ", ".join(map(str, options.text)) if options.text else "Python's own text"
+    try:
+        chosen = choose_tokenizer(options, documents).to_str() if group.first else ""
+    except TextError as error:
+        raise RunError(f"--tokenizer: {error}") from error
+    tokenizer = Tokenizer.from_str(group.agreed(chosen))
+    corpus = Corpus(documents, tokenizer, options.seq_len)
+    name = ", ".join(map(str, options.text)) if options.text else "Python's own text"
+    if not len(corpus.train):
+        raise RunError(f"--text: {name} is too short: it has no two sentences to train on")
+    if len(corpus.held_out) < options.batch_size:
         raise RunError(
-            f"--text: {name} is too short: "
-            f"the tenth held out has {len(corpus.held_out.tokens)} bytes, "
-            f"and --seq-len asks for {options.seq_len}"
+            f"--text: {name} is too short: the fifth held out makes {len(corpus.held_out)} "
+            f"sequences, and --batch-size asks for {options.batch_size}"
         )
-    return corpus
+    return corpus, tokenizer
 
 
-def run(options: argparse.Namespace, layer_class: LayerClass) -> Result:
+def check(options: argparse.Namespace, group: Processes) -> None:
+    """Refuse options that do not go together."""
     if options.d_model % options.heads:
         raise RunError(f"--heads {options.heads} does not divide --d-model {options.d_model}")
-    if not options.resume and (options.out / "checkpoint.safetensors").exists():
+    if options.batch_size % (options.accumulate * group.count):
+        raise RunError(
+            f"--batch-size {options.batch_size} cannot be dealt out to {group.count} processes "
+            f"with --accumulate {options.accumulate}"
+        )
+    if options.amp == "fp16" and options.parallel == "fsdp" and group.count > 1:
+        raise RunError("--amp fp16 does not go with --parallel fsdp: use bf16, or ddp")
+    path = options.out / "checkpoint.safetensors"
+    if not options.resume and path.exists():
         raise RunError(f"--out {options.out} holds a run: --resume it, or name another folder")
-    corpus = read_corpus(options)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {options.out}: {error.strerror}") from error
-    values = vars(options) | {"text": corpus.digest}
-    c = Configuration(**{name: values[name] for name in Configuration.__dataclass_fields__})
-    print(f"{corpus.documents:,} documents, {corpus.size:,} bytes; {options.layer} layers")
-
-    history = train(options, corpus, c, layer_class)
-    unigram = corpus.unigram_entropy()
-    final = history.held_out_loss[len(history.train_loss)]
-    history.write_plot(options.out / "loss.png", unigram, f"{options.layer} encoder layers")
-    print(f"held-out loss {final:.4f} nats; unigram entropy {unigram:.4f}: {final - unigram:+.4f}")
-    print(f"wrote checkpoint.safetensors, log.csv and loss.png to {options.out}")
-    return Result(history, unigram)
+    if options.resume and not path.exists():
+        raise RunError(f"--resume: there is no checkpoint {path}")
 
 
-def main(arguments: list[str] | None = None, layer_class: LayerClass | None = None) -> Result:
-    """Run the program; ``layer_class`` builds the encoder layers in place of ``--layer``."""
+class Result(NamedTuple):
+    log: Log
+    final: Evaluation
+    unigram_entropy: float  # nats per token
+
+
+def run(options: argparse.Namespace, layer: Layer, group: Processes) -> Result:
+    check(options, group)
+    corpus, tokenizer = read_corpus(options, group)
+    values = vars(options) | {"text": corpus.digest, "tokenizer": digest({}, tokenizer.to_str())}
+    c = Configuration(**{field.name: values[field.name] for field in fields(Configuration)})
+    trainer = Trainer(options, c, corpus, layer, group)
+    if options.resume:
+        trainer.resume()
+    elif group.first:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--out {options.out}: {error.strerror}") from error
+        write_whole(options.out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    if group.first:
+        print(
+            f"{corpus.documents:,} documents, {corpus.characters:,} characters, "
+            f"{len(corpus.train.tokens):,} tokens of {tokenizer.get_vocab_size():,} kinds in "
+            f"{len(corpus.train):,} sequences; {options.layer} layers, {group.count} process(es)",
+            flush=True,
+        )
+    trainer.train()
+    result = Result(trainer.log, evaluate(trainer, options.order_pairs), corpus.unigram_entropy())
+    if group.first:
+        show(result, options, trainer)
+    return result
+
+
+def show(result: Result, options: argparse.Namespace, trainer: Trainer) -> None:
+    final, unigram, log = result.final, result.unigram_entropy, result.log
+    write_plot(
+        options.out / "loss.png",
+        log,
+        f"{options.layer} encoder layers",
+        losses={
+            "train_loss": "training",
+            "held_out_loss": "held out",
+            "train_order_loss": "training, order",
+            "held_out_order_loss": "held out, order",
+        },
+        levels={"unigram entropy": unigram, "order by chance": math.log(2)},
+    )
+    low, high = wilson_interval(final.right, final.sequences)
+    speed = sorted(log["tokens_per_second"][1:])[trainer.done // 2]
+    print(
+        f"held-out loss {final.loss:.4f} nats; unigram entropy {unigram:.4f}: "
+        f"{final.loss - unigram:+.4f}\n"
+        f"order of {final.sequences:,} held-out pairs: {final.accuracy:.4f} right "
+        f"(95 % interval {low:.4f} to {high:.4f})\n"
+        f"{speed:,.0f} tokens/s (median step); at most {peak_memory(trainer.processes.device)}\n"
+        f"wrote checkpoint, best weights, tokenizer, log and plot to {options.out}"
+    )
+
+
+def main(arguments: list[str] | None = None, layer: Layer | None = None) -> Result:
+    """Run the program; ``layer`` makes the encoder layers in place of ``--layer``."""
     options = command_line().parse_args(arguments)
     try:
-        return run(options, layer_class or LAYERS[options.layer])
+        with processes(options.device) as group:
+            return run(options, layer or options.layer, group)
     except RunError as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

