@@ -420,7 +420,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--tokenizer", default="trained", metavar="NAME",
         help="'trained' on the text, 'minilm', or a tokenizer.json")  # fmt: skip
     add("--vocabulary", type=natural, default=8000, help="tokens that 'trained' aims at")
-    add("--steps", type=natural, default=2000)
+    add("--steps", type=natural, default=1500)
     add("--batch-size", type=natural, default=32, help="sequences in a step, over all processes")
     add("--accumulate", type=natural, default=1, help="parts in which a step takes its sequences")
     add("--seq-len", type=whole(8), default=64, help="tokens in a sequence")
@@ -441,9 +441,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--checkpoint-every", type=natural, default=200, metavar="STEPS")
-    add("--eval-every", type=natural, default=200, metavar="STEPS")
-    add("--eval-sequences", type=natural, default=256, help="held out, at an evaluation")
+    add("--checkpoint-every", type=natural, default=250, metavar="STEPS")
+    add("--eval-every", type=natural, default=250, metavar="STEPS")
+    add("--eval-sequences", type=natural, default=512, help="held out, at an evaluation")
     add("--order-pairs", type=natural, default=2000, help="held out, at the end")
     return parser
 

@@ -148,6 +148,16 @@ def test_printed_summary_names_what_was_measured(run, capsys):
     assert "tokens/s" in printed and "MiB of memory" in printed
 
 
+def test_terminal_shows_a_live_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    log = run("--steps", 2).log
+    printed = capsys.readouterr().out
+    assert "\x1b[" in printed and "2/2" in printed
+    assert f"train {log['train_loss'][2]:.4f}" in printed
+
+
 def test_wilson_interval():
     assert pretrain.wilson_interval(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
     assert pretrain.wilson_interval(500, 1000) == pytest.approx((0.46907, 0.53093), abs=1e-5)
@@ -420,6 +430,16 @@ def test_other_number_of_processes_is_said(run, capsys, cut_short, monkeypatch, 
     capsys.readouterr()
     run("--resume")
     assert "2 processes before, 1 now: other dropout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [("--batch-size 9", "--batch-size 9"), ("--amp fp16 --parallel fsdp", "--amp fp16")],
+)
+def test_options_that_two_processes_cannot_use(options, complaint):
+    parsed = pretrain.command_line().parse_args(options.split())
+    with pytest.raises(runs.RunError, match=complaint):
+        pretrain.check(parsed, runs.Processes(1, 2, torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------------ errors
