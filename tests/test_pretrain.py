@@ -193,6 +193,32 @@ def test_gradients_are_clipped(run, monkeypatch):
     assert min(log["gradient_norm"][1:]) > 0.1
 
 
+def test_steps_equal_a_plain_loop(run, english):
+    """Logits for every token, one batch a step, torch's own losses: the same numbers."""
+    log = run("--layer", "stock", "--dropout", 0, "--order-weight", 2, "--clip", 0.5).log
+    tokenizer = text.train_tokenizer([english.read_text(encoding="utf-8")], 500)
+    corpus = text.Corpus([english.read_text(encoding="utf-8")], tokenizer, 24)
+    torch.manual_seed(0)
+    encoder = pretrain.SequenceEncoder(
+        500, 32, 4, 64, 2, 0.0, layer="stock", batch_first=True, max_len=24, activation="gelu"
+    )
+    parameters = [*encoder.parameters(), *(order := nn.Linear(32, 2)).parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    for step, numbers in enumerate(text.StepSampler(len(corpus.train), 8, range(12), seed=0)):
+        batch = text.join([corpus.train[number] for number in numbers])
+        hidden = encoder(batch.masked.tokens, batch.padding, return_hidden=True)
+        logits = encoder.output(hidden).flatten(0, 1)[batch.masked.chosen]
+        masked = nn.functional.cross_entropy(logits, batch.masked.targets)
+        swapped = nn.functional.cross_entropy(order(hidden[:, 0]), batch.swapped)
+        optimizer.zero_grad()
+        (masked + 2 * swapped).backward()
+        nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.param_groups[0]["lr"] = log["learning_rate"][step + 1]
+        optimizer.step()
+        assert log["train_loss"][step + 1] == pytest.approx(masked.item(), abs=1e-5)
+        assert log["train_order_loss"][step + 1] == pytest.approx(swapped.item(), abs=1e-5)
+
+
 def test_accumulated_steps_equal_whole_ones_without_dropout(run):
     whole = run("--dropout", 0, out="whole").log
     parts = run("--dropout", 0, "--accumulate", 2, out="parts").log
@@ -226,6 +252,20 @@ def test_best_weights_are_those_of_the_lowest_held_out_loss(run, tmp_path, monke
     assert facts["step"] == 8 and facts["loss"] == 2.0
     assert best.keys() == states[2].keys()
     assert all(torch.equal(best[name], states[2][name]) for name in best)
+
+
+def test_resumed_run_remembers_the_best_loss(run, cut_short, tmp_path, monkeypatch):
+    evaluate = pretrain.evaluate
+    losses_to_come = iter([3.0, 1.0])  # before the first step and after four; 9 from then on
+
+    def pretend(trainer, wanted):
+        return evaluate(trainer, wanted)._replace(loss=next(losses_to_come, 9.0), order_loss=0.0)
+
+    monkeypatch.setattr(pretrain, "evaluate", pretend)
+    cut_short(7)
+    run("--resume")
+    _, facts = runs.read_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert facts["step"] == 4 and facts["loss"] == 1.0
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -315,6 +355,12 @@ def test_fp16_keeps_its_scale_over_a_resume(run, cut_short, tmp_path):
     cut_short(4, "--amp", "fp16")
     _, facts = runs.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     assert facts["scaler"]["scale"] > 1 and facts["scaler"]["_growth_tracker"] == 3
+
+
+def test_fp16_norm_is_that_of_the_unscaled_gradients(run):
+    plain, half = (run("--dropout", 0, "--steps", 3, "--amp", amp, out=amp).log["gradient_norm"]
+                   for amp in ("off", "fp16"))  # fmt: skip
+    assert half[1:] == pytest.approx(plain[1:], rel=0.05)
 
 
 def test_bf16_computes_in_16_bit(run, monkeypatch):
