@@ -170,7 +170,10 @@ class Evaluation(NamedTuple):
 
 
 def wilson_interval(right: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a probability (Wilson, 1927)."""
+    """95 % confidence interval of a probability (Wilson, 1927).
+
+    It takes trials for independent. Held-out windows overlap: theirs are somewhat less certain.
+    """
     z = 1.959964
     centre = (right + z * z / 2) / (trials + z * z)
     half = z / (trials + z * z) * math.sqrt(right * (trials - right) / trials + z * z / 4)
