@@ -24,7 +24,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from runs import (
+from text import (
+    Batch,
+    Corpus,
+    StepSampler,
+    TextError,
+    Vocabulary,
+    file_documents,
+    join,
+    minilm_tokenizer,
+    python_documents,
+    read_tokenizer,
+    train_tokenizer,
+)
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from training import (
     Log,
     Processes,
     Report,
@@ -47,22 +63,6 @@ from runs import (
     write_plot,
     write_whole,
 )
-from text import (
-    Batch,
-    Corpus,
-    StepSampler,
-    TextError,
-    Vocabulary,
-    file_documents,
-    join,
-    minilm_tokenizer,
-    python_documents,
-    read_tokenizer,
-    train_tokenizer,
-)
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from fastattn.models import SequenceEncoder
 from fastattn.objectives import masked_language_model_loss, sentence_order_loss

@@ -66,7 +66,9 @@ WITH_EXAMPLES = [d for d in DOCUMENTS if blocks(d.read_text(encoding="utf-8"), "
 
 
 def test_the_documents_that_teach_have_examples() -> None:
-    assert {"README.md", "docs/dropout.md", "docs/guide.md", "docs/math.md"} <= set(map(name, WITH_EXAMPLES))
+    assert {"README.md", "docs/dropout.md", "docs/guide.md", "docs/math.md"} <= set(
+        map(name, WITH_EXAMPLES)
+    )
 
 
 @pytest.mark.parametrize("document", WITH_EXAMPLES, ids=name)
@@ -106,7 +108,10 @@ def option_source(command: list[str]) -> str:
 
 def check_command(command: list[str]) -> None:
     program = command[0]
-    if program in ("python", ".venv/bin/python"):
+    if program == "torchrun":  # its own options are before the script
+        script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        check_command(["python", *command[script:]])
+    elif program in ("python", ".venv/bin/python"):
         source = option_source(command)
         for option in (word for word in command[2:] if word.startswith("--")):
             assert f'"{option}"' in source, f"{shlex.join(command)}: no option {option}"

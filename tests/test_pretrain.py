@@ -22,7 +22,7 @@ pytest.importorskip("tokenizers")
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-pretrain, runs, text = map(importlib.import_module, ("pretrain", "runs", "text"))
+pretrain, training, text = map(importlib.import_module, ("pretrain", "training", "text"))
 
 TINY = (
     "--steps 12 --batch-size 8 --seq-len 24 --d-model 32 --heads 4 --layers 2 --d-ff 64 "
@@ -66,11 +66,13 @@ def losses(log) -> list[float]:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, moments, random numbers and losses are the same, bit for bit."""
     (one, facts), (other, others) = (
-        runs.read_checkpoint(folder / "checkpoint.safetensors") for folder in (first, second)
+        training.read_checkpoint(folder / "checkpoint.safetensors") for folder in (first, second)
     )
     assert facts == others
     assert one.keys() == other.keys()
-    speed = runs.Log.from_tensor(pretrain.COLUMNS, one["log"]).columns.index("tokens_per_second")
+    speed = training.Log.from_tensor(pretrain.COLUMNS, one["log"]).columns.index(
+        "tokens_per_second"
+    )
     for tensors in (one, other):
         tensors["log"] = tensors["log"].nan_to_num(-1)
         tensors["log"][:, speed] = 0
@@ -243,12 +245,12 @@ def test_best_weights_are_those_of_the_lowest_held_out_loss(run, tmp_path, monke
     evaluate = pretrain.evaluate
 
     def pretend(trainer, wanted):
-        states.append({name: t.clone() for name, t in runs.model_state(trainer.model).items()})
+        states.append({name: t.clone() for name, t in training.model_state(trainer.model).items()})
         return evaluate(trainer, wanted)._replace(loss=next(planned, 9.0), order_loss=0.5)
 
     monkeypatch.setattr(pretrain, "evaluate", pretend)
     run("--order-weight", 2)
-    best, facts = runs.read_checkpoint(tmp_path / "run" / "best.safetensors")
+    best, facts = training.read_checkpoint(tmp_path / "run" / "best.safetensors")
     assert facts["step"] == 8 and facts["loss"] == 2.0
     assert best.keys() == states[2].keys()
     assert all(torch.equal(best[name], states[2][name]) for name in best)
@@ -264,7 +266,7 @@ def test_resumed_run_remembers_the_best_loss(run, cut_short, tmp_path, monkeypat
     monkeypatch.setattr(pretrain, "evaluate", pretend)
     cut_short(7)
     run("--resume")
-    _, facts = runs.read_checkpoint(tmp_path / "run" / "best.safetensors")
+    _, facts = training.read_checkpoint(tmp_path / "run" / "best.safetensors")
     assert facts["step"] == 4 and facts["loss"] == 1.0
 
 
@@ -342,7 +344,7 @@ def test_killed_run_goes_on_bit_for_bit(run, english, tmp_path):
     (script := tmp_path / "killed.py").write_text(KILLED.format(steps=steps))
     killed = python(script, *options, "--out", tmp_path / "run")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    tensors, _ = runs.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    tensors, _ = training.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     assert len(tensors["log"]) - 1 == steps // 3 * 3
     resumed = python(ROOT / "examples" / "pretrain.py", *options, "--out", tmp_path / "run",
                      "--resume")  # fmt: skip
@@ -353,7 +355,7 @@ def test_killed_run_goes_on_bit_for_bit(run, english, tmp_path):
 
 def test_fp16_keeps_its_scale_over_a_resume(run, cut_short, tmp_path):
     cut_short(4, "--amp", "fp16")
-    _, facts = runs.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    _, facts = training.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     assert facts["scaler"]["scale"] > 1 and facts["scaler"]["_growth_tracker"] == 3
 
 
@@ -419,9 +421,9 @@ def test_two_processes_equal_one_without_dropout(run, cut_short, english, tmp_pa
     assert two.stdout.count("2 process(es)") == 1  # the first one alone prints
     assert ("1 processes before, 2 now: other dropout" in two.stdout) == (how == "ddp")
     one = run("--dropout", 0, out="one")
-    tensors, facts = runs.read_checkpoint(tmp_path / "two" / "checkpoint.safetensors")
-    expected, _ = runs.read_checkpoint(tmp_path / "one" / "checkpoint.safetensors")
-    log = runs.Log.from_tensor(pretrain.COLUMNS, tensors["log"])
+    tensors, facts = training.read_checkpoint(tmp_path / "two" / "checkpoint.safetensors")
+    expected, _ = training.read_checkpoint(tmp_path / "one" / "checkpoint.safetensors")
+    log = training.Log.from_tensor(pretrain.COLUMNS, tensors["log"])
     assert facts["processes"] == 2
     assert losses(log) == pytest.approx(losses(one.log), abs=1e-4)
     for name in expected:
@@ -461,7 +463,7 @@ def test_two_processes_drop_differently_and_resume_bit_for_bit(english, tmp_path
     run = tmp_path / "run"
     killed = python(*TORCHRUN, script, tmp_path / "again", killer, *options, run)
     assert killed.returncode != 0
-    tensors, _ = runs.read_checkpoint(run / "checkpoint.safetensors")
+    tensors, _ = training.read_checkpoint(run / "checkpoint.safetensors")
     assert len(tensors["log"]) - 1 == 4
     resumed = python(*TORCHRUN, script, tmp_path / "more", "", *options, run, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -471,8 +473,8 @@ def test_two_processes_drop_differently_and_resume_bit_for_bit(english, tmp_path
 def test_other_number_of_processes_is_said(run, capsys, cut_short, monkeypatch, tmp_path):
     cut_short(4)
     path = tmp_path / "run" / "checkpoint.safetensors"
-    tensors, facts = runs.read_checkpoint(path)
-    runs.write_checkpoint(path, tensors, {**facts, "processes": 2})
+    tensors, facts = training.read_checkpoint(path)
+    training.write_checkpoint(path, tensors, {**facts, "processes": 2})
     capsys.readouterr()
     run("--resume")
     assert "2 processes before, 1 now: other dropout" in capsys.readouterr().out
@@ -484,8 +486,8 @@ def test_other_number_of_processes_is_said(run, capsys, cut_short, monkeypatch, 
 )
 def test_options_that_two_processes_cannot_use(options, complaint):
     parsed = pretrain.command_line().parse_args(options.split())
-    with pytest.raises(runs.RunError, match=complaint):
-        pretrain.check(parsed, runs.Processes(1, 2, torch.device("cpu")))
+    with pytest.raises(training.RunError, match=complaint):
+        pretrain.check(parsed, training.Processes(1, 2, torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -591,7 +593,7 @@ def test_full_disk_leaves_the_old_checkpoint(run, capsys, checkpoint, monkeypatc
         path.write_bytes(b"half a checkpoint")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "save_file", fill_the_disk)
+    monkeypatch.setattr(training, "save_file", fill_the_disk)
     message = refusal(capsys, run, "--resume", "--eval-every", 100)
     assert "No space left on device" in message and "--out" in message
     assert str(checkpoint.parent) in message and "the last one is kept" in message
@@ -669,7 +671,7 @@ def test_interrupt_while_writing_keeps_the_checkpoint(run, checkpoint, monkeypat
         path.write_bytes(b"half a checkpoint")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_file", interrupt)
+    monkeypatch.setattr(training, "save_file", interrupt)
     with pytest.raises(SystemExit, match="--resume goes on"):
         run("--resume")
     assert checkpoint.read_bytes() == before
