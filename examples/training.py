@@ -95,6 +95,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # nobody leaves while another one may still be at work
     finally:
         dist.destroy_process_group()
 
