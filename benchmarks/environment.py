@@ -71,7 +71,7 @@ def _gpu() -> dict:
     }
 
 
-def environment(device: str) -> dict:
+def environment(device: str, program: str = "benchmarks") -> dict:
     commit, dirty = _commit()
     cpu = _cpu_model()
     return {
@@ -97,7 +97,7 @@ def environment(device: str) -> dict:
         "torch_compile": COMPILED,
         "torch_build": torch.__config__.show(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
     }
 
 

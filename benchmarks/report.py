@@ -111,14 +111,14 @@ def _is_timed(row: dict) -> bool:
     )
 
 
-def new_path(environment: dict, folder: Path | None = None) -> Path:
-    """Where a new result goes: `<folder>/<date>-<commit>.json`, or a neighbour `-2` and up.
+def new_path(environment: dict, folder: Path | None = None, kind: str = "") -> Path:
+    """Where a new result goes: `<folder>/<date>-<commit><kind>.json`, or a neighbour `-2` and up.
 
     The folder, by default `benchmarks/results/<device>`, is made.
     """
     folder = RESULTS / device_slug(environment) if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{environment['date'][:10]}-{environment['commit'] or 'no-commit'}"
+    stem = f"{environment['date'][:10]}-{environment['commit'] or 'no-commit'}{kind}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     return next(folder / f"{name}.json" for name in names if not (folder / f"{name}.json").exists())
 

@@ -8,8 +8,8 @@
 
 The objectives are masked language modelling and the order of two segments. A run leaves in its
 folder ``checkpoint.safetensors`` and ``best.safetensors`` (the weights with the lowest held-out
-loss), ``tokenizer.json``, ``log.csv`` and ``loss.png``. A resumed run computes, bit for bit, what
-the uninterrupted one would have, given the same options and number of processes.
+loss), ``tokenizer.json``, ``log.csv``, ``loss.png`` and ``result.json``. A resumed run computes,
+bit for bit, what the uninterrupted one would have, given the same options and number of processes.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from training import (
     gradient_exchange,
     load_random_state,
     load_state,
+    make_folder,
     model_state,
     number,
     optimizer_state,
@@ -59,7 +60,9 @@ from training import (
     read_checkpoint,
     usable_device,
     whole,
+    wilson_interval,
     write_checkpoint,
+    write_json,
     write_plot,
     write_whole,
 )
@@ -114,6 +117,24 @@ class Losses(NamedTuple):
     right: Tensor  # orders that were recognised
 
 
+def make_encoder(
+    c: Configuration, vocabulary: Vocabulary, layer: Layer, checkpoint_layers: bool = False
+) -> SequenceEncoder:
+    return SequenceEncoder(
+        vocabulary.size,
+        c.d_model,
+        c.heads,
+        c.d_ff,
+        c.layers,
+        c.dropout,
+        layer=layer,
+        max_len=c.seq_len,
+        batch_first=True,
+        checkpoint_layers=checkpoint_layers,
+        activation="gelu",
+    )
+
+
 class PretrainingModel(nn.Module):
     """An encoder with a head for each objective."""
 
@@ -121,19 +142,7 @@ class PretrainingModel(nn.Module):
         self, c: Configuration, vocabulary: Vocabulary, layer: Layer, checkpoint_layers: bool
     ) -> None:
         super().__init__()
-        self.encoder = SequenceEncoder(
-            vocabulary.size,
-            c.d_model,
-            c.heads,
-            c.d_ff,
-            c.layers,
-            c.dropout,
-            layer=layer,
-            max_len=c.seq_len,
-            batch_first=True,
-            checkpoint_layers=checkpoint_layers,
-            activation="gelu",
-        )
+        self.encoder = make_encoder(c, vocabulary, layer, checkpoint_layers)
         self.order = nn.Linear(c.d_model, 2)
 
     def forward(self, batch: Batch) -> Losses:
@@ -141,9 +150,9 @@ class PretrainingModel(nn.Module):
         masked = masked_language_model_loss(
             hidden, batch.masked, self.encoder.output, reduction="sum"
         )
-        logits = self.order(hidden[:, 0])
-        order = sentence_order_loss(hidden, batch.swapped, lambda _: logits, batch_first=True)
-        right = (logits.detach().argmax(-1) == batch.swapped).sum()
+        order = sentence_order_loss(hidden, batch.swapped, self.order, batch_first=True)
+        with torch.no_grad():
+            right = (self.order(hidden[:, 0]).argmax(-1) == batch.swapped).sum()
         return Losses(masked, order * len(batch.swapped), right)
 
 
@@ -169,17 +178,6 @@ class Evaluation(NamedTuple):
         return self.right / self.sequences
 
 
-def wilson_interval(right: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a probability (Wilson, 1927).
-
-    It takes trials for independent. Held-out windows overlap: theirs are somewhat less certain.
-    """
-    z = 1.959964
-    centre = (right + z * z / 2) / (trials + z * z)
-    half = z / (trials + z * z) * math.sqrt(right * (trials - right) / trials + z * z / 4)
-    return centre - half, centre + half
-
-
 def held_out_sequences(available: int, wanted: int, batch_size: int) -> list[int]:
     """Evenly spaced windows, in whole batches: at least ``wanted``, if there are."""
     batches = min(math.ceil(wanted / batch_size), available // batch_size)
@@ -189,7 +187,11 @@ def held_out_sequences(available: int, wanted: int, batch_size: int) -> list[int
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, wanted: int) -> Evaluation:
-    """Losses and accuracy on the same held-out windows in every run, without dropout."""
+    """Losses and accuracy on the same held-out windows in every run, without dropout.
+
+    Windows overlap, and those of one document have a subject in common: an interval that takes them
+    for independent is somewhat narrow.
+    """
     windows, batch_size = trainer.corpus.held_out, trainer.c.batch_size
     group = trainer.processes
     sequences = held_out_sequences(len(windows), wanted, batch_size)
@@ -352,7 +354,7 @@ class Trainer:
         Raises:
             RunError: there is no whole checkpoint, or it belongs to another configuration.
         """
-        tensors, facts = read_checkpoint(self.path)
+        tensors, facts = read_checkpoint(self.path, "--resume")
         for name, value in asdict(self.c).items():
             if facts["configuration"].get(name) != value:
                 raise RunError(
@@ -423,7 +425,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--tokenizer", default="trained", metavar="NAME",
         help="'trained' on the text, 'minilm', or a tokenizer.json")  # fmt: skip
     add("--vocabulary", type=natural, default=8000, help="tokens that 'trained' aims at")
-    add("--steps", type=natural, default=1500)
+    add("--steps", type=natural, default=3000)
     add("--batch-size", type=natural, default=32, help="sequences in a step, over all processes")
     add("--accumulate", type=natural, default=1, help="parts in which a step takes its sequences")
     add("--seq-len", type=whole(8), default=64, help="tokens in a sequence")
@@ -517,10 +519,7 @@ def run(options: argparse.Namespace, layer: Layer, group: Processes) -> Result:
     if options.resume:
         trainer.resume()
     elif group.first:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"--out {options.out}: {error.strerror}") from error
+        make_folder(options.out)
         write_whole(options.out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     if group.first:
         print(
@@ -551,14 +550,31 @@ def show(result: Result, options: argparse.Namespace, trainer: Trainer) -> None:
         levels={"unigram entropy": unigram, "order by chance": math.log(2)},
     )
     low, high = wilson_interval(final.right, final.sequences)
-    speed = sorted(log["tokens_per_second"][1:])[trainer.done // 2]
+    speed, peak = log.median("tokens_per_second"), peak_memory(trainer.processes.device)
+    write_json(
+        options.out / "result.json",
+        {
+            "layer": options.layer,
+            "configuration": asdict(trainer.c),
+            "steps": trainer.done,
+            "processes": trainer.processes.count,
+            "train_tokens": len(trainer.corpus.train.tokens),
+            "held_out_loss": final.loss,
+            "unigram_entropy": unigram,
+            "order_right": final.right,
+            "order_pairs": final.sequences,
+            "order_interval": [low, high],
+            "tokens_per_second": speed,
+            "peak_bytes": peak,
+        },
+    )
     print(
         f"held-out loss {final.loss:.4f} nats; unigram entropy {unigram:.4f}: "
         f"{final.loss - unigram:+.4f}\n"
         f"order of {final.sequences:,} held-out pairs: {final.accuracy:.4f} right "
         f"(95 % interval {low:.4f} to {high:.4f})\n"
-        f"{speed:,.0f} tokens/s (median step); at most {peak_memory(trainer.processes.device)}\n"
-        f"wrote checkpoint, best weights, tokenizer, log and plot to {options.out}"
+        f"{speed:,.0f} tokens/s (median step); at most {peak / 2**20:,.0f} MiB of memory\n"
+        f"wrote checkpoint, best weights, tokenizer, log, plot and result to {options.out}"
     )
 
 

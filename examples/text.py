@@ -1,8 +1,8 @@
-"""Text for pre-training: documents, their tokens, windows of sentences, and the order of samples.
+"""Text to train on: documents, their tokens, windows of sentences, and the order of samples.
 
-A sample is a window of whole sentences of one document, cut in two segments that stand in the right
-or the swapped order, with some of its tokens hidden. What a sample holds depends on the seed, its
-epoch and its number alone.
+A sample of pre-training is a window of whole sentences of one document, cut in two segments that
+stand in the right or the swapped order, with some of its tokens hidden. What a sample holds depends
+on the seed, its epoch and its number alone.
 """
 
 from __future__ import annotations
@@ -46,32 +46,58 @@ def python_documents() -> list[str]:
     """The English that comes with Python: each help topic, and each docstring of its modules."""
     from pydoc_data.topics import topics
 
-    documents = [text for _, text in sorted(topics.items())]
-    documents += module_docstrings(Path(sysconfig.get_paths()["stdlib"]))
-    return [text.encode("utf-8", errors="replace").decode() for text in documents]
+    documents = [encodable(text) for _, text in sorted(topics.items())]
+    return documents + [docstring.text for docstring in python_docstrings()]
 
 
-def module_docstrings(folder: Path) -> list[str]:
-    """Every docstring of the modules under ``folder``. Nothing is imported."""
-    texts = []
+class Labelled(NamedTuple):
+    text: str
+    label: str
+
+
+def python_docstrings() -> list[Labelled]:
+    """Every docstring of Python's own modules, and what it documents."""
+    return module_docstrings(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def module_docstrings(folder: Path) -> list[Labelled]:
+    """Every docstring under ``folder``, of a module, class, function or method.
+
+    Nothing is imported.
+    """
+    docstrings = []
     for path in sorted(folder.rglob("*.py")):
         if _NOT_LIBRARY.isdisjoint(path.relative_to(folder).parts):
-            texts += _docstrings(path)
-    return texts
+            docstrings += _docstrings(path)
+    return docstrings
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def encodable(text: str) -> str:
+    """``text`` with a question mark for what UTF-8 cannot hold: lone halves of surrogates."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
+def _docstrings(path: Path) -> Iterator[Labelled]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a module's own deprecated escapes
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):  # templates and test data among the modules
         return
+    methods: set[ast.AST] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+        if isinstance(node, ast.ClassDef):
+            methods.update(node.body)
+            label = "class"
+        elif isinstance(node, ast.Module):
+            label = "module"
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            label = "method" if node in methods else "function"
+        else:
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring:
+            yield Labelled(encodable(docstring), label)
 
 
 def file_documents(paths: Iterable[Path]) -> list[str]:
@@ -291,7 +317,7 @@ class Corpus:
     """
 
     def __init__(self, documents: list[str], tokenizer: Tokenizer, length: int) -> None:
-        documents = list(dict.fromkeys(documents))
+        documents = without_repeats(documents)
         self.documents = len(documents)
         self.characters = sum(len(document) for document in documents)
         self.digest = hashlib.sha256(b"\xff".join(d.encode() for d in documents)).hexdigest()
@@ -312,6 +338,10 @@ class Corpus:
         count = torch.bincount(self.train.tokens, minlength=self.train.vocabulary.size) + 1
         price = -(count.double() / count.sum()).log()
         return price[self.held_out.tokens].mean().item()
+
+
+def without_repeats(documents: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(documents))
 
 
 def split(documents: list[list[T]]) -> tuple[list[list[T]], list[list[T]]]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -204,20 +205,36 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict[str, An
     write_whole(path, write)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a checkpoint, once they have proved to be whole."""
+def read_checkpoint(path: Path, option: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checkpoint, once they have proved to be whole.
+
+    Raises:
+        RunError: they have not; the message begins with the ``option`` that asked for the file.
+    """
     if not path.is_file():
-        raise RunError(f"--resume: there is no checkpoint {path}")
+        raise RunError(f"{option}: there is no checkpoint {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise RunError(f"--resume: cannot read {path}: {error}") from error
+        raise RunError(f"{option}: cannot read {path}: {error}") from error
     text = metadata.get("facts", "")
     if metadata.get("digest") != digest(tensors, text):
-        raise RunError(f"--resume: {path} is damaged, or not a checkpoint of this program")
+        raise RunError(f"{option}: {path} is damaged, or not a checkpoint of these programs")
     return tensors, json.loads(text)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {path}: {error.strerror}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:
@@ -260,6 +277,9 @@ class Log:
     def measured(self, column: str) -> dict[int, float]:
         """What was measured, by the number of steps done before."""
         return {step: x for step, x in enumerate(self[column]) if not math.isnan(x)}
+
+    def median(self, column: str) -> float:
+        return statistics.median(self.measured(column).values())
 
     def tensor(self) -> Tensor:
         rows = [[row.get(column, math.nan) for column in self.columns] for row in self.rows]
@@ -334,13 +354,20 @@ class Report:
             print(f"step {step}/{self.steps}  {line}", flush=True)
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most that this process has held: of the GPU's memory, on a CPU of the machine's."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: of the GPU's memory, on a CPU of the machine's."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory"
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 2**10
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{size / 2**20:,.0f} MiB of memory"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def wilson_interval(right: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a probability, from independent trials (Wilson, 1927)."""
+    z = 1.959964
+    centre = (right + z * z / 2) / (trials + z * z)
+    half = z / (trials + z * z) * math.sqrt(right * (trials - right) / trials + z * z / 4)
+    return centre - half, centre + half
 
 
 # ---------------------------------------------------------------------------------------- options

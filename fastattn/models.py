@@ -272,7 +272,7 @@ def train_adapted_model(
 
     Raises:
         ValueError: an argument does not fit, or ``train_loader`` yields nothing.
-        RuntimeError: the loss is no longer finite. The parameters are those before that step.
+        FloatingPointError: the loss is not finite. The parameters are those before that step.
     """
     _check_positive(epochs=epochs)
     if not 0 < learning_rate < math.inf:
@@ -293,7 +293,7 @@ def train_adapted_model(
                 *inputs, labels = (None if x is None else x.to(device) for x in batch)
                 loss = F.cross_entropy(model(*inputs), labels)
                 if not loss.isfinite():
-                    raise RuntimeError(f"the loss of epoch {epoch + 1} is {loss.item()}")
+                    raise FloatingPointError(f"the loss of epoch {epoch + 1} is {loss.item()}")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

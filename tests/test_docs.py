@@ -113,7 +113,8 @@ def check_command(command: list[str]) -> None:
         check_command(["python", *command[script:]])
     elif program in ("python", ".venv/bin/python"):
         source = option_source(command)
-        for option in (word for word in command[2:] if word.startswith("--")):
+        options = (word.partition("=")[0] for word in command[2:] if word.startswith("--"))
+        for option in options:
             assert f'"{option}"' in source, f"{shlex.join(command)}: no option {option}"
     elif program == "make":
         for target in (word for word in command[1:] if "=" not in word):

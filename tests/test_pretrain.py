@@ -66,7 +66,8 @@ def losses(log) -> list[float]:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, moments, random numbers and losses are the same, bit for bit."""
     (one, facts), (other, others) = (
-        training.read_checkpoint(folder / "checkpoint.safetensors") for folder in (first, second)
+        training.read_checkpoint(folder / "checkpoint.safetensors", "--resume")
+        for folder in (first, second)
     )
     assert facts == others
     assert one.keys() == other.keys()
@@ -108,7 +109,7 @@ def test_training_learns_from_context(run, tmp_path):
     options = "--steps 250 --lr 5e-3 --batch-size 16 --dropout 0 --eval-every 250".split()
     result = run("--text", path, *options, "--order-pairs", 400)
     assert result.final.loss < result.unigram_entropy - 1
-    low, _ = pretrain.wilson_interval(result.final.right, result.final.sequences)
+    low, _ = training.wilson_interval(result.final.right, result.final.sequences)
     assert result.final.sequences > 300 and low > 0.5
 
 
@@ -161,8 +162,8 @@ def test_terminal_shows_a_live_line(run, capsys, monkeypatch):
 
 
 def test_wilson_interval():
-    assert pretrain.wilson_interval(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
-    assert pretrain.wilson_interval(500, 1000) == pytest.approx((0.46907, 0.53093), abs=1e-5)
+    assert training.wilson_interval(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
+    assert training.wilson_interval(500, 1000) == pytest.approx((0.46907, 0.53093), abs=1e-5)
 
 
 def test_held_out_sequences_are_evenly_spread_and_never_twice():
@@ -250,7 +251,7 @@ def test_best_weights_are_those_of_the_lowest_held_out_loss(run, tmp_path, monke
 
     monkeypatch.setattr(pretrain, "evaluate", pretend)
     run("--order-weight", 2)
-    best, facts = training.read_checkpoint(tmp_path / "run" / "best.safetensors")
+    best, facts = training.read_checkpoint(tmp_path / "run" / "best.safetensors", "--resume")
     assert facts["step"] == 8 and facts["loss"] == 2.0
     assert best.keys() == states[2].keys()
     assert all(torch.equal(best[name], states[2][name]) for name in best)
@@ -266,7 +267,7 @@ def test_resumed_run_remembers_the_best_loss(run, cut_short, tmp_path, monkeypat
     monkeypatch.setattr(pretrain, "evaluate", pretend)
     cut_short(7)
     run("--resume")
-    _, facts = training.read_checkpoint(tmp_path / "run" / "best.safetensors")
+    _, facts = training.read_checkpoint(tmp_path / "run" / "best.safetensors", "--resume")
     assert facts["step"] == 4 and facts["loss"] == 1.0
 
 
@@ -344,7 +345,7 @@ def test_killed_run_goes_on_bit_for_bit(run, english, tmp_path):
     (script := tmp_path / "killed.py").write_text(KILLED.format(steps=steps))
     killed = python(script, *options, "--out", tmp_path / "run")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    tensors, _ = training.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    tensors, _ = training.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors", "--resume")
     assert len(tensors["log"]) - 1 == steps // 3 * 3
     resumed = python(ROOT / "examples" / "pretrain.py", *options, "--out", tmp_path / "run",
                      "--resume")  # fmt: skip
@@ -355,7 +356,7 @@ def test_killed_run_goes_on_bit_for_bit(run, english, tmp_path):
 
 def test_fp16_keeps_its_scale_over_a_resume(run, cut_short, tmp_path):
     cut_short(4, "--amp", "fp16")
-    _, facts = training.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    _, facts = training.read_checkpoint(tmp_path / "run" / "checkpoint.safetensors", "--resume")
     assert facts["scaler"]["scale"] > 1 and facts["scaler"]["_growth_tracker"] == 3
 
 
@@ -404,25 +405,27 @@ def test_longer_run_says_that_the_schedule_changes(run, capsys):
 # -------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_equal_one_without_dropout(run, cut_short, english, tmp_path, how):
+@pytest.mark.parametrize("how, resumed", [("ddp", False), ("ddp", True), ("fsdp", False)])
+def test_two_processes_equal_one_without_dropout(run, cut_short, english, tmp_path, how, resumed):
     """Two partial sums of a gradient differ from one sum by rounding alone.
 
     That is some 1e-7 of it, which AdamW can blow up where a gradient is about zero: to no more than
     a step of the learning rate. Twelve steps leave losses of about 6 alike to 1e-4.
     """
     options = ["--dropout", 0, "--accumulate", 2, "--parallel", how, "--out", tmp_path / "two"]
-    if how == "ddp":  # goes on from what one process began
+    if resumed:  # goes on from what one process began
         cut_short(5, "--dropout", 0, out="two")
         options.append("--resume")
     program = [*TORCHRUN, ROOT / "examples" / "pretrain.py"]
     two = python(*program, *TINY, "--text", english, *options)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("2 process(es)") == 1  # the first one alone prints
-    assert ("1 processes before, 2 now: other dropout" in two.stdout) == (how == "ddp")
+    assert ("1 processes before, 2 now: other dropout" in two.stdout) == resumed
     one = run("--dropout", 0, out="one")
-    tensors, facts = training.read_checkpoint(tmp_path / "two" / "checkpoint.safetensors")
-    expected, _ = training.read_checkpoint(tmp_path / "one" / "checkpoint.safetensors")
+    tensors, facts = training.read_checkpoint(
+        tmp_path / "two" / "checkpoint.safetensors", "--resume"
+    )
+    expected, _ = training.read_checkpoint(tmp_path / "one" / "checkpoint.safetensors", "--resume")
     log = training.Log.from_tensor(pretrain.COLUMNS, tensors["log"])
     assert facts["processes"] == 2
     assert losses(log) == pytest.approx(losses(one.log), abs=1e-4)
@@ -463,7 +466,7 @@ def test_two_processes_drop_differently_and_resume_bit_for_bit(english, tmp_path
     run = tmp_path / "run"
     killed = python(*TORCHRUN, script, tmp_path / "again", killer, *options, run)
     assert killed.returncode != 0
-    tensors, _ = training.read_checkpoint(run / "checkpoint.safetensors")
+    tensors, _ = training.read_checkpoint(run / "checkpoint.safetensors", "--resume")
     assert len(tensors["log"]) - 1 == 4
     resumed = python(*TORCHRUN, script, tmp_path / "more", "", *options, run, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -473,7 +476,7 @@ def test_two_processes_drop_differently_and_resume_bit_for_bit(english, tmp_path
 def test_other_number_of_processes_is_said(run, capsys, cut_short, monkeypatch, tmp_path):
     cut_short(4)
     path = tmp_path / "run" / "checkpoint.safetensors"
-    tensors, facts = training.read_checkpoint(path)
+    tensors, facts = training.read_checkpoint(path, "--resume")
     training.write_checkpoint(path, tensors, {**facts, "processes": 2})
     capsys.readouterr()
     run("--resume")
@@ -739,9 +742,16 @@ def test_docstrings_are_read_without_importing(tmp_path):
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "silent.py").write_text("x = 1")
     (tmp_path / "module.py").write_text(
-        '"""Of the module."""\nraise SystemExit\nclass C:\n    def f(self):\n        "Of f."\n'
+        '"""Of the module."""\nraise SystemExit\n'
+        'class C:\n    "Of C."\n    def f(self):\n        "Of f."\n'
+        'def g():\n    "Of g."\n'
     )
-    assert text.module_docstrings(tmp_path) == ["Of the module.", "Of f."]
+    assert text.module_docstrings(tmp_path) == [
+        ("Of the module.", "module"),
+        ("Of C.", "class"),
+        ("Of g.", "function"),
+        ("Of f.", "method"),
+    ]
 
 
 def test_sentences():

@@ -1,0 +1,252 @@
+"""Trains the models of `examples/` with stock and with fused layers, and puts both side by side.
+
+    python -m benchmarks.end_to_end                       # three seeds; under an hour on two cores
+    python -m benchmarks.end_to_end --seeds 0 --pretrain="--steps 100"
+    python -m benchmarks.end_to_end FILE --write docs/performance.md
+
+For each seed `pretrain.py` and then `finetune.py` runs with either kind of layer, each in a process
+of its own, in alternating order. What they measured goes to a JSON file in the folder of the
+machine, with a plot of all curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from . import report
+from .environment import ROOT, environment
+from .plots import BASELINE, COLOURS, DPI
+
+FORMAT, VERSION = "fastattn end to end", 1
+LAYERS = ("stock", "fused")
+COLOUR = {"stock": BASELINE, "fused": COLOURS["fastattn"]}
+LINES = ("-", "--", ":", "-.")  # of the seeds
+POINTS = 60  # of a training curve; each is a mean over as many steps
+START, END = "<!-- end-to-end:start -->", "<!-- end-to-end:end -->"
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[dict]:
+    """What every run of the examples found, seed by seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for index, seed in enumerate(arguments.seeds):
+            for layer in LAYERS if index % 2 == 0 else LAYERS[::-1]:
+                out = Path(folder, f"{layer}-{seed}")
+                common = ["--layer", layer, "--seed", str(seed), "--device", arguments.device]
+                example("pretrain.py", *common, "--out", str(out), *shlex.split(arguments.pretrain))
+                found = {
+                    "layer": layer,
+                    "seed": seed,
+                    "pretraining": read(out / "result.json"),
+                    "curves": curves(out / "log.csv"),
+                }
+                tuned = out / "finetuned"
+                options = [*common, "--pretrained", str(out), "--out", str(tuned)]
+                example("finetune.py", *options, *shlex.split(arguments.finetune))
+                yield found | {"finetuning": read(tuned / "result.json")}
+
+
+def example(program: str, *options: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / program), *options]
+    print("running", program, *options, flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def curves(log: Path) -> dict[str, list[list[float]]]:
+    """Pairs of step and loss, the training losses averaged over neighbouring steps."""
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for column in ("train_loss", "train_order_loss", "held_out_loss", "held_out_order_loss"):
+        points = [[int(row["step"]), float(row[column])] for row in rows if row[column]]
+        size = math.ceil(len(points) / POINTS) if column.startswith("train") else 1
+        parts = [points[start : start + size] for start in range(0, len(points), size)]
+        found[column] = [
+            [round(statistics.fmean(x), 4) for x in zip(*p, strict=True)] for p in parts
+        ]
+    return found
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def load(path: Path) -> dict:
+    """A file that this program wrote; :class:`ResultsError` for any other."""
+    try:
+        results = read(path)
+    except OSError as error:
+        raise report.ResultsError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise report.ResultsError(f"{path} is not JSON: {error}") from error
+    kind = (results.get("format"), results.get("version")) if isinstance(results, dict) else None
+    if kind != (FORMAT, VERSION):
+        raise report.ResultsError(f'{path} lacks "format": "{FORMAT}" and "version": {VERSION}')
+    return results
+
+
+def markdown(results: dict, source: str) -> str:
+    """A table with a row for every run, and what it was made of."""
+    here, runs = results["environment"], results["runs"]
+    one, tuned = runs[0]["pretraining"], runs[0]["finetuning"]
+    names = list(tuned["right"])
+    lines = [
+        f"{here['path']}: {here['device_name']}, {here['threads']} threads, torch {here['torch']}, "
+        f"fastattn {here['fastattn']} (commit {here['commit']}), {here['date'][:10]}: "
+        f"`{here['command']}`. {one['steps']:,} steps of {one['configuration']['batch_size']} "
+        f"sequences of {one['configuration']['seq_len']} tokens; held-out losses in nats, the "
+        f"unigram entropy is {one['unigram_entropy']:.4f}; order of {one['order_pairs']:,} "
+        f"held-out pairs; accuracy on {tuned['held_out_texts']:,} held-out texts after training on "
+        f"{tuned['train_texts']:,}. From `{source}`.",
+        "",
+        "| layers | seed | masked tokens | − unigram | order, 95 % interval | "
+        + " | ".join(names)
+        + " | tokens/s | peak MiB |",
+        "|---|--:|--:|--:|--:|" + "--:|" * len(names) + "--:|--:|",
+    ]
+    for run in sorted(runs, key=lambda run: (run["seed"], LAYERS.index(run["layer"]))):
+        p, f = run["pretraining"], run["finetuning"]
+        low, high = p["order_interval"]
+        cells = [
+            run["layer"],
+            str(run["seed"]),
+            f"{p['held_out_loss']:.4f}",
+            f"{p['held_out_loss'] - p['unigram_entropy']:+.4f}",
+            f"{p['order_right'] / p['order_pairs']:.3f} [{low:.3f}, {high:.3f}]",
+            *(f"{f['right'][name] / f['held_out_texts']:.3f}" for name in names),
+            f"{p['tokens_per_second']:,.0f}",
+            f"{p['peak_bytes'] / 2**20:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *verdicts(runs)])
+
+
+def verdicts(runs: Sequence[dict]) -> Iterator[str]:
+    """How often each classifier is above another one, beyond the 95 % interval of a run."""
+    pairs = [(d["of"], d["from"]) for d in runs[0]["finetuning"]["differences"]]
+    for index, (one, other) in enumerate(pairs):
+        found = [run["finetuning"]["differences"][index] for run in runs]
+        above, below = sum(d["low"] > 0 for d in found), sum(d["high"] < 0 for d in found)
+        mean = statistics.fmean(d["mean"] for d in found)
+        yield (
+            f"- {one} against {other}: {mean:+.3f} on average; above in {above} of {len(runs)} "
+            f"runs, below in {below}, not told apart in {len(runs) - above - below}."
+        )
+
+
+def write_into(document: Path, results: dict, source: str) -> None:
+    """Put the table between the two comments that mark its place in a document."""
+    text = document.read_text(encoding="utf-8")
+    start, end = text.find(START), text.find(END)
+    if not 0 <= start < end:
+        raise report.ResultsError(f"{document} has no place for results: {START} ... {END}")
+    table = markdown(results, source)
+    document.write_text(f"{text[:start]}{START}\n{table}\n{text[end:]}", encoding="utf-8")
+
+
+def draw(results: dict, path: Path) -> None:
+    """The curves of all runs: masked tokens, order, throughput."""
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    masked, order, speed = figure.subplots(3, 1, height_ratios=(4, 3, 1.5))
+    runs, here = results["runs"], results["environment"]
+    seeds = sorted({run["seed"] for run in runs})
+    for run in runs:
+        line = LINES[seeds.index(run["seed"]) % len(LINES)]
+        style = {"color": COLOUR[run["layer"]], "linestyle": line}
+        label = f"{run['layer']}, seed {run['seed']}"
+        for axes, name in ((masked, "loss"), (order, "order_loss")):
+            for part, look in (("train", {"linewidth": 0.6, "alpha": 0.6}), ("held_out", {})):
+                steps, losses = zip(*run["curves"][f"{part}_{name}"], strict=True)
+                named = label if part == "held_out" else None
+                axes.plot(steps, losses, label=named, **style, **look)
+    masked.axhline(runs[0]["pretraining"]["unigram_entropy"], color="gray", label="unigram entropy")
+    order.axhline(math.log(2), color="gray", label="chance")
+    masked.set(ylabel="masked tokens (nats)", title="held out: thick, training: thin")
+    order.set(ylabel="order of segments (nats)", xlabel="step")
+    masked.legend(fontsize="small", ncols=2)
+    for place, (seed, layer) in enumerate(product(seeds, LAYERS)):
+        [run] = [run for run in runs if (run["seed"], run["layer"]) == (seed, layer)]
+        speed.barh(place, run["pretraining"]["tokens_per_second"], color=COLOUR[layer])
+    names = [f"{layer}, seed {seed}" for seed, layer in product(seeds, LAYERS)]
+    speed.set_yticks(range(len(names)), names, fontsize="small")
+    speed.invert_yaxis()
+    speed.set(xlabel="tokens per second of pre-training, median step")
+    figure.suptitle(f"{here['device_name']}, {here['threads']} threads, torch {here['torch']}")
+    figure.savefig(path, dpi=DPI)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("file", nargs="?", type=Path, metavar="FILE", help="results to show again: nothing runs")
+    add(
+        "--write", type=Path, metavar="DOC", help=f"put the table of FILE between {START} and {END}"
+    )
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--device", choices=("cpu", "cuda"), default=device)
+    add("--pretrain", default="", metavar="OPTIONS", help="further options of pretrain.py")
+    add("--finetune", default="", metavar="OPTIONS", help="further options of finetune.py")
+    add("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>/")
+    arguments = parser.parse_args(argv)
+    if arguments.write and not arguments.file:
+        parser.error("--write needs the FILE whose table is meant")
+    try:
+        if arguments.file:
+            results, path = load(arguments.file), arguments.file
+        else:
+            results, path = run(arguments)
+        if arguments.write:
+            write_into(arguments.write, results, path.name)
+        else:
+            print(markdown(results, path.name))
+    except (report.ResultsError, subprocess.CalledProcessError) as error:
+        print(f"benchmarks.end_to_end: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict, Path]:
+    results = {
+        "format": FORMAT,
+        "version": VERSION,
+        "environment": environment(arguments.device, "benchmarks.end_to_end"),
+        "runs": [],
+    }
+    path = report.new_path(results["environment"], arguments.out, "-end-to-end")
+    for found in measure(arguments):
+        results["runs"].append(found)
+        report.save(results, path)  # what has been measured outlives what fails later
+    draw(results, path.with_suffix(".png"))
+    print("wrote", path, path.with_suffix(".png"))
+    return results, path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
