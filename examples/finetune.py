@@ -97,14 +97,15 @@ def file_task(path: Path) -> Task:
         TextError: it cannot be used; the message names the file.
     """
     labels: dict[str, str] = {}
+    csv.field_size_limit(2**31 - 1)  # a text may be a book
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, strict=True)
             for column in Labelled._fields:
                 if column not in (rows.fieldnames or ()):
                     raise TextError(f"{path} has no column {column!r} in its first line")
             for row in rows:
-                if not (row["text"] and row["label"]):
+                if not all((row[column] or "").strip() for column in Labelled._fields):
                     raise TextError(f"{path}, line {rows.line_num}: a text or a label is missing")
                 labels.setdefault(row["text"], row["label"])
     except OSError as error:
@@ -164,13 +165,21 @@ def majority_class(task: Task) -> Tensor:
 
 
 def bag_of_words(task: Task) -> Tensor:
-    """(held-out texts,) bool: whether logistic regression on their words is right."""
+    """(held-out texts,) bool: whether logistic regression on their words is right.
+
+    Raises:
+        TextError: no text has a word of two letters or more.
+    """
     search = GridSearchCV(
         make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(max_iter=1000)),
         {"logisticregression__C": [0.3, 1, 3, 10, 30, 100]},
         cv=FOLDS,
     )
-    search.fit(*zip(*task.train, strict=True))
+    texts, labels = zip(*task.train, strict=True)
+    try:
+        search.fit(texts, labels)
+    except ValueError as error:
+        raise TextError(f"no bag of words can be made of the texts: {error}") from error
     texts, labels = zip(*task.held_out, strict=True)
     return torch.from_numpy(search.predict(texts) == labels)
 
@@ -350,6 +359,7 @@ def run(options: argparse.Namespace) -> dict[str, Tensor]:
     pretrained = read_pretrained(options.pretrained)
     try:
         task = file_task(options.data) if options.data else docstrings_task()
+        right = {MAJORITY: majority_class(task), WORDS: bag_of_words(task)}
     except TextError as error:
         raise RunError(f"--data: {error}") from error
     make_folder(options.out)
@@ -359,7 +369,6 @@ def run(options: argparse.Namespace) -> dict[str, Tensor]:
         flush=True,
     )
     trainer = Trainer(options, task, pretrained)
-    right = {MAJORITY: majority_class(task), WORDS: bag_of_words(task)}
     model = trainer.adapted()
     right[ADAPTED] = trainer.right(model)
     model = trainer.tuned(model)

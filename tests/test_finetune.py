@@ -232,6 +232,13 @@ def test_file_is_read_once_a_text_and_every_fifth_is_held_out(tmp_path):
     assert task.train == [row for i, row in enumerate(rows) if i % 5]
 
 
+def test_file_may_have_a_byte_order_mark_and_long_texts(tmp_path):
+    rows = [("word " * 50_000 + str(i), "ab"[i % 2]) for i in range(20)]
+    path = write_csv(tmp_path / "data.csv", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert finetune.file_task(path).held_out == rows[::5]
+
+
 def test_text_is_cut_and_marked(trainer):
     made = trainer()
     v = made.vocabulary
@@ -327,6 +334,12 @@ def test_tokenizer_that_is_not_the_one_of_the_weights(run, capsys, copied, chang
     assert "--pretrained" in message and str(path) in message
 
 
+def repeated(word: str, labels: str) -> bytes:
+    """A file with a text for every label, each longer by a word."""
+    rows = [f"{word * (i + 1)},{label}\n" for i, label in enumerate(labels)]
+    return "".join(["text,label\n", *rows]).encode()
+
+
 @pytest.mark.parametrize(
     "content, complaint",
     [
@@ -337,11 +350,11 @@ def test_tokenizer_that_is_not_the_one_of_the_weights(run, capsys, copied, chang
         (b"text,label\none,a\ntwo,\n", "line 3"),
         (b"text,label\none,a\ntwo\n", "line 3"),
         (b"text,label\n", "two labels or more"),
-        (b"text,label\n" + b"".join(b"t%d,a\n" % i for i in range(20)), "two labels or more"),
-        (b"text,label\n" + b"".join(b"t%d,%s\n" % (i, b"ab"[i == 1 :][:1]) for i in range(20)),
-         "label 'b' has 1 texts"),
+        (repeated("t", "a" * 20), "two labels or more"),
+        (repeated("t", "ab" + "a" * 18), "label 'b' has 1 texts"),
+        (repeated("!", "ab" * 10), "no bag of words"),
     ],
-)  # fmt: skip
+)
 def test_unusable_data(run, capsys, tmp_path, content, complaint):
     path = tmp_path / "bad.csv"
     if content is not None:
