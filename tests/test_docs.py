@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks import report
+from benchmarks import end_to_end, report
 from fastattn import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +180,16 @@ def test_measured_tables_are_those_of_a_committed_results_file(path: str) -> Non
     opening = re.search(r"<!-- results:start[^\n]*-->", read(path))[0]
     expected = report.markdown(report.load(files[0]), source[1], report.ops_in(opening))
     assert block == expected.strip()
+
+
+def test_end_to_end_table_is_that_of_a_committed_results_file() -> None:
+    block = marked("docs/performance.md", "end-to-end")
+    source = re.search(r"From `([^`]+\.json)`", block)
+    assert source is not None
+    [file] = (ROOT / "benchmarks" / "results").glob(f"*/{source[1]}")
+    assert block == end_to_end.markdown(end_to_end.load(file), source[1])
+    plot = file.with_suffix(".png").relative_to(ROOT).as_posix()
+    assert file.with_suffix(".png").exists() and f"](../{plot})" in read("docs/performance.md")
 
 
 def test_targets_are_complete_and_measured_figures_cite_their_file() -> None:
