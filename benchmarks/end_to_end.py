@@ -15,13 +15,13 @@ import argparse
 import csv
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -49,7 +49,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
             for layer in LAYERS if index % 2 == 0 else LAYERS[::-1]:
                 out = Path(folder, f"{layer}-{seed}")
                 common = ["--layer", layer, "--seed", str(seed), "--device", arguments.device]
-                example("pretrain.py", *common, "--out", str(out), *shlex.split(arguments.pretrain))
+                options = [*common, "--out", str(out)]
+                example("pretrain.py", *shlex.split(arguments.pretrain), *options)
                 found = {
                     "layer": layer,
                     "seed": seed,
@@ -58,14 +59,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
                 }
                 tuned = out / "finetuned"
                 options = [*common, "--pretrained", str(out), "--out", str(tuned)]
-                example("finetune.py", *options, *shlex.split(arguments.finetune))
+                example("finetune.py", *shlex.split(arguments.finetune), *options)
                 yield found | {"finetuning": read(tuned / "result.json")}
 
 
 def example(program: str, *options: str) -> None:
+    """Run it with the fastattn of this checkout, whichever is installed."""
     command = [sys.executable, str(ROOT / "examples" / program), *options]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     print("running", program, *options, flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
 
 
 def read(path: Path) -> dict:
@@ -101,19 +104,20 @@ def load(path: Path) -> dict:
     kind = (results.get("format"), results.get("version")) if isinstance(results, dict) else None
     if kind != (FORMAT, VERSION):
         raise report.ResultsError(f'{path} lacks "format": "{FORMAT}" and "version": {VERSION}')
+    if not (isinstance(results.get("environment"), dict) and results.get("runs")):
+        raise report.ResultsError(f"{path} is incomplete: it has no environment or no runs")
     return results
 
 
 def markdown(results: dict, source: str) -> str:
     """A table with a row for every run, and what it was made of."""
-    here, runs = results["environment"], results["runs"]
+    here, runs = results["environment"], in_order(results["runs"])
     one, tuned = runs[0]["pretraining"], runs[0]["finetuning"]
     names = list(tuned["right"])
     lines = [
-        f"{here['path']}: {here['device_name']}, {here['threads']} threads, torch {here['torch']}, "
-        f"fastattn {here['fastattn']} (commit {here['commit']}), {here['date'][:10]}: "
-        f"`{here['command']}`. {one['steps']:,} steps of {one['configuration']['batch_size']} "
-        f"sequences of {one['configuration']['seq_len']} tokens; held-out losses in nats, the "
+        f"{report.headline(results)}: `{here['command']}`. {one['steps']:,} steps of "
+        f"{one['configuration']['batch_size']} sequences of {one['configuration']['seq_len']} "
+        "tokens; held-out losses in nats, the "
         f"unigram entropy is {one['unigram_entropy']:.4f}; order of {one['order_pairs']:,} "
         f"held-out pairs; accuracy on {tuned['held_out_texts']:,} held-out texts after training on "
         f"{tuned['train_texts']:,}. From `{source}`.",
@@ -123,7 +127,7 @@ def markdown(results: dict, source: str) -> str:
         + " | tokens/s | peak MiB |",
         "|---|--:|--:|--:|--:|" + "--:|" * len(names) + "--:|--:|",
     ]
-    for run in sorted(runs, key=lambda run: (run["seed"], LAYERS.index(run["layer"]))):
+    for run in runs:
         p, f = run["pretraining"], run["finetuning"]
         low, high = p["order_interval"]
         cells = [
@@ -140,8 +144,24 @@ def markdown(results: dict, source: str) -> str:
     return "\n".join([*lines, "", *verdicts(runs)])
 
 
+def in_order(runs: Sequence[dict]) -> list[dict]:
+    return sorted(runs, key=lambda run: (run["seed"], LAYERS.index(run["layer"])))
+
+
 def verdicts(runs: Sequence[dict]) -> Iterator[str]:
-    """How often each classifier is above another one, beyond the 95 % interval of a run."""
+    """Fused against stock by seed; how often a classifier is above another beyond its interval."""
+    by_kind = {(run["seed"], run["layer"]): run["pretraining"] for run in runs}
+    pairs = [
+        (by_kind[seed, "stock"], by_kind[seed, "fused"])
+        for seed, layer in by_kind
+        if layer == "stock" and (seed, "fused") in by_kind
+    ]
+    if pairs:
+        speeds = ", ".join(
+            f"{f['tokens_per_second'] / s['tokens_per_second']:.2f}" for s, f in pairs
+        )
+        losses = ", ".join(f"{f['held_out_loss'] - s['held_out_loss']:+.3f}" for s, f in pairs)
+        yield f"- fused over stock, seed by seed: tokens/s × {speeds}; masked tokens {losses}."
     pairs = [(d["of"], d["from"]) for d in runs[0]["finetuning"]["differences"]]
     for index, (one, other) in enumerate(pairs):
         found = [run["finetuning"]["differences"][index] for run in runs]
@@ -155,7 +175,10 @@ def verdicts(runs: Sequence[dict]) -> Iterator[str]:
 
 def write_into(document: Path, results: dict, source: str) -> None:
     """Put the table between the two comments that mark its place in a document."""
-    text = document.read_text(encoding="utf-8")
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise report.ResultsError(f"cannot read {document}: {error.strerror}") from error
     start, end = text.find(START), text.find(END)
     if not 0 <= start < end:
         raise report.ResultsError(f"{document} has no place for results: {START} ... {END}")
@@ -167,7 +190,7 @@ def draw(results: dict, path: Path) -> None:
     """The curves of all runs: masked tokens, order, throughput."""
     figure = Figure(figsize=(9, 9), layout="constrained")
     masked, order, speed = figure.subplots(3, 1, height_ratios=(4, 3, 1.5))
-    runs, here = results["runs"], results["environment"]
+    runs, here = in_order(results["runs"]), results["environment"]
     seeds = sorted({run["seed"] for run in runs})
     for run in runs:
         line = LINES[seeds.index(run["seed"]) % len(LINES)]
@@ -183,11 +206,10 @@ def draw(results: dict, path: Path) -> None:
     masked.set(ylabel="masked tokens (nats)", title="held out: thick, training: thin")
     order.set(ylabel="order of segments (nats)", xlabel="step")
     masked.legend(fontsize="small", ncols=2)
-    for place, (seed, layer) in enumerate(product(seeds, LAYERS)):
-        [run] = [run for run in runs if (run["seed"], run["layer"]) == (seed, layer)]
-        speed.barh(place, run["pretraining"]["tokens_per_second"], color=COLOUR[layer])
-    names = [f"{layer}, seed {seed}" for seed, layer in product(seeds, LAYERS)]
-    speed.set_yticks(range(len(names)), names, fontsize="small")
+    names = [f"{run['layer']}, seed {run['seed']}" for run in runs]
+    rates = [run["pretraining"]["tokens_per_second"] for run in runs]
+    speed.barh(names, rates, color=[COLOUR[run["layer"]] for run in runs])
+    speed.tick_params("y", labelsize="small")
     speed.invert_yaxis()
     speed.set(xlabel="tokens per second of pre-training, median step")
     figure.suptitle(f"{here['device_name']}, {here['threads']} threads, torch {here['torch']}")
@@ -217,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.write and not arguments.file:
         parser.error("--write needs the FILE whose table is meant")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        parser.error("--seeds must differ")
     try:
         if arguments.file:
             results, path = load(arguments.file), arguments.file
@@ -243,7 +267,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict, Path]:
     for found in measure(arguments):
         results["runs"].append(found)
         report.save(results, path)  # what has been measured outlives what fails later
-    draw(results, path.with_suffix(".png"))
+        draw(results, path.with_suffix(".png"))
     print("wrote", path, path.with_suffix(".png"))
     return results, path
 

@@ -29,12 +29,14 @@ import torch
 from pretrain import Configuration, make_encoder
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from text import (
+    HELD_OUT,
     Labelled,
     TextError,
     Vocabulary,
+    digest_of,
     python_docstrings,
     python_documents,
     read_tokenizer,
@@ -53,6 +55,7 @@ from training import (
     number,
     peak_memory,
     read_checkpoint,
+    refuse_used,
     usable_device,
     whole,
     wilson_interval,
@@ -64,7 +67,8 @@ from training import (
 
 from fastattn.models import SequenceEncoder, TaskAdapter, train_adapted_model
 
-FOLDS = 5  # of cross-validation; so many texts a class needs
+FOLDS = 5  # of cross-validation
+LEAST = 7  # texts of a label, of which FOLDS are then in training
 
 MAJORITY, WORDS = "majority class", "bag of words"
 ADAPTED, TUNED, UNTRAINED = "adapted", "fine-tuned", "not pre-trained"
@@ -81,22 +85,33 @@ class Task(NamedTuple):
     held_out: list[Labelled]
 
 
-def docstrings_task() -> Task:
-    """Does a docstring document a module, a class, a function or a method?"""
+def docstrings_task(digest: str) -> Task:
+    """Does a docstring document a module, a class, a function or a method?
+
+    Args:
+        digest: of the documents of the pre-training. Where these are not the same ones, held-out
+            docstrings may have been among them, and a note says so.
+    """
     labels = dict(reversed(python_docstrings()))  # of one that occurs again the first counts
-    parts = split([[text] for text in without_repeats(python_documents())])
-    return make_task(
-        *([Labelled(text, labels[text]) for [text] in part if text in labels] for part in parts)
+    documents = without_repeats(python_documents())
+    if digest_of(documents) != digest:
+        print("note: pre-trained on other text; what is held out here may have been in it")
+    parts = split([[text] for text in documents])
+    train, held_out = (
+        [Labelled(text, labels[text]) for [text] in part if text in labels] for part in parts
     )
+    return Task(sorted(set(labels.values())), train, held_out)
 
 
 def file_task(path: Path) -> Task:
-    """Texts and labels of a CSV file. Every fifth text is held out.
+    """Texts and labels of a CSV file; a fifth of each label's texts is held out.
+
+    Of texts that differ in case and white space alone, the first counts.
 
     Raises:
         TextError: it cannot be used; the message names the file.
     """
-    labels: dict[str, str] = {}
+    texts: dict[str, Labelled] = {}
     csv.field_size_limit(2**31 - 1)  # a text may be a book
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -107,26 +122,28 @@ def file_task(path: Path) -> Task:
             for row in rows:
                 if not all((row[column] or "").strip() for column in Labelled._fields):
                     raise TextError(f"{path}, line {rows.line_num}: a text or a label is missing")
-                labels.setdefault(row["text"], row["label"])
+                if None in row:
+                    raise TextError(f"{path}, line {rows.line_num}: more fields than columns")
+                same = " ".join(row["text"].lower().split())
+                texts.setdefault(same, Labelled(row["text"], row["label"]))
     except OSError as error:
         raise TextError(f"{path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise TextError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    texts = [Labelled(*pair) for pair in labels.items()]
-    return make_task([text for i, text in enumerate(texts) if i % FOLDS], texts[::FOLDS])
+    return split_task(list(texts.values()))
 
 
-def make_task(train: list[Labelled], held_out: list[Labelled]) -> Task:
-    counts = Counter(label for _, label in train)
-    classes = sorted({label for _, label in train + held_out})
-    if len(classes) < 2:
-        raise TextError(f"there must be two labels or more, not {classes}")
-    for label in classes:
-        if counts[label] < FOLDS:
-            raise TextError(
-                f"label {label!r} has {counts[label]} texts to train on, and {FOLDS} are needed"
-            )
-    return Task(classes, train, held_out)
+def split_task(texts: list[Labelled]) -> Task:
+    counts = Counter(label for _, label in texts)
+    if len(counts) < 2:
+        raise TextError(f"there must be two labels or more, not {sorted(counts)}")
+    for label, count in sorted(counts.items()):
+        if count < LEAST:
+            raise TextError(f"label {label!r} has too few texts: {count}, and {LEAST} are needed")
+    train, held_out = train_test_split(
+        texts, test_size=1 / HELD_OUT, random_state=0, stratify=[label for _, label in texts]
+    )
+    return Task(sorted(counts), train, held_out)
 
 
 class Encoded(NamedTuple):
@@ -290,10 +307,12 @@ class Difference(NamedTuple):
 
     @classmethod
     def of(cls, one: Tensor, other: Tensor) -> Difference:
-        """From which texts either got right, by the normal approximation for paired trials."""
-        gain = one.double() - other.double()
-        half = 1.959964 * gain.std().item() / math.sqrt(len(gain))
-        return cls(gain.mean().item(), gain.mean().item() - half, gain.mean().item() + half)
+        """From which texts either got right; Bonett and Price (2012), for paired proportions."""
+        trials = len(one) + 2
+        gained, lost = ((int(only.sum()) + 1) / trials for only in (one & ~other, other & ~one))
+        mean = gained - lost
+        half = 1.959964 * math.sqrt((gained + lost - mean**2) / trials)
+        return cls((one.double() - other.double()).mean().item(), mean - half, mean + half)
 
     @property
     def verdict(self) -> str:
@@ -354,11 +373,13 @@ def run(options: argparse.Namespace) -> dict[str, Tensor]:
     for name in ("lr", "adapt_lr"):
         if not getattr(options, name):
             raise RunError(f"--{name.replace('_', '-')} must be more than 0")
-    if (options.out / "result.json").exists():
-        raise RunError(f"--out {options.out} holds a run: name another folder")
+    refuse_used(options.out)
     pretrained = read_pretrained(options.pretrained)
     try:
-        task = file_task(options.data) if options.data else docstrings_task()
+        if options.data:
+            task = file_task(options.data)
+        else:
+            task = docstrings_task(pretrained.configuration.text)
         right = {MAJORITY: majority_class(task), WORDS: bag_of_words(task)}
     except TextError as error:
         raise RunError(f"--data: {error}") from error
@@ -375,6 +396,7 @@ def run(options: argparse.Namespace) -> dict[str, Tensor]:
     right[TUNED] = trainer.right(model)
     save(options, task, pretrained, model)
     right[UNTRAINED] = trainer.right(trainer.untrained())
+    show(right)
     peak = peak_memory(options.device)
     write_json(
         options.out / "result.json",
@@ -392,7 +414,6 @@ def run(options: argparse.Namespace) -> dict[str, Tensor]:
             "peak_bytes": peak,
         },
     )
-    show(right)
     print(
         f"at most {peak / 2**20:,.0f} MiB of memory\n"
         f"wrote classifier, tokenizer and result to {options.out}"
@@ -417,6 +438,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     except RunError as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from training import (
     processes,
     random_state,
     read_checkpoint,
+    refuse_used,
     usable_device,
     whole,
     wilson_interval,
@@ -341,6 +342,8 @@ class Trainer:
             facts = {
                 "configuration": asdict(self.c),
                 "steps": self.options.steps,
+                "layer": self.options.layer,
+                "accumulate": self.options.accumulate,
                 "processes": group.count,
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
@@ -375,6 +378,9 @@ class Trainer:
         else:
             torch.manual_seed(self.c.seed + self.done * group.count + group.rank)
             notes.append(f"{facts['processes']} processes before, {group.count} now: other dropout")
+        for name in ("layer", "accumulate"):
+            if facts[name] != (now := getattr(self.options, name)):
+                notes.append(f"--{name} was {facts[name]}, now it is {now}: other dropout")
         if facts["steps"] != steps:
             notes.append(f"--steps was {facts['steps']}, now it is {steps}: other learning rates")
         if group.first:
@@ -500,6 +506,8 @@ def check(options: argparse.Namespace, group: Processes) -> None:
     path = options.out / "checkpoint.safetensors"
     if not options.resume and path.exists():
         raise RunError(f"--out {options.out} holds a run: --resume it, or name another folder")
+    if not options.resume:
+        refuse_used(options.out)
     if options.resume and not path.exists():
         raise RunError(f"--resume: there is no checkpoint {path}")
 

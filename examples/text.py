@@ -320,7 +320,7 @@ class Corpus:
         documents = without_repeats(documents)
         self.documents = len(documents)
         self.characters = sum(len(document) for document in documents)
-        self.digest = hashlib.sha256(b"\xff".join(d.encode() for d in documents)).hexdigest()
+        self.digest = digest_of(documents)
         encoded = []
         for document in documents:
             parts = tokenizer.encode_batch_fast(sentences(document), add_special_tokens=False)
@@ -342,6 +342,10 @@ class Corpus:
 
 def without_repeats(documents: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(documents))
+
+
+def digest_of(documents: Iterable[str]) -> str:
+    return hashlib.sha256(b"\xff".join(d.encode() for d in documents)).hexdigest()
 
 
 def split(documents: list[list[T]]) -> tuple[list[list[T]], list[list[T]]]:

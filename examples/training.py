@@ -140,7 +140,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise RunError("the weights are no longer finite; the last checkpoint is kept")
+        raise RunError("the weights are no longer finite and are not saved")
     return {f"model.{name}": tensor for name, tensor in weights.items()}
 
 
@@ -225,11 +225,19 @@ def read_checkpoint(path: Path, option: str) -> tuple[dict[str, Tensor], dict[st
     return tensors, json.loads(text)
 
 
+LEFT_BY_A_RUN = ("checkpoint.safetensors", "classifier.safetensors", "result.json")
+
+
 def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {path}: {error.strerror}") from error
+
+
+def refuse_used(path: Path) -> None:
+    if any((path / name).exists() for name in LEFT_BY_A_RUN):
+        raise RunError(f"--out {path} holds a run: name another folder")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

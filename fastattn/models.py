@@ -204,7 +204,8 @@ class TaskAdapter(nn.Module):
     """A classifier on a pre-trained encoder: mean over the real tokens, then a linear map.
 
     Args:
-        pretrained_encoder: what returns (..., embed_dim) hidden states when called as
+        pretrained_encoder: a :class:`SequenceEncoder`, or a module with its ``batch_first`` and
+            ``embedding`` that returns (..., embed_dim) hidden states when called as
             ``encoder(tokens, key_padding_mask, return_hidden=True)``. It is not copied.
         num_classes: at least 2.
         freeze: train the linear map only. The encoder then stays in evaluation mode, its parameters

@@ -1,7 +1,10 @@
 """benchmarks.end_to_end: runs both kinds of layers, and shows what they found."""
 
+import argparse
 import csv
 import json
+import math
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -9,6 +12,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+
+from matplotlib.colors import to_rgba
 
 from benchmarks import end_to_end
 from benchmarks.environment import environment
@@ -32,11 +37,11 @@ def a_run(layer: str, seed: int, *, right: int, low: float, high: float) -> dict
             "order_right": 60,
             "order_pairs": 100,
             "order_interval": [0.502, 0.691],
-            "tokens_per_second": 12345.6,
+            "tokens_per_second": 12345.6 + right,
             "peak_bytes": 300 * 2**20,
         },
         "curves": {
-            name: [[0, 6.0], [6, 5.0]]
+            name: [[0, 6.0 + right], [6, 5.0 + right]]
             for name in ("train_loss", "train_order_loss", "held_out_loss", "held_out_order_loss")
         },
         "finetuning": {
@@ -67,14 +72,13 @@ def results() -> dict:
 
 
 def test_table_has_a_row_for_every_run_in_order(results):
-    rows = [
-        line for line in end_to_end.markdown(results, "x.json").splitlines() if "12,346" in line
-    ]
+    lines = end_to_end.markdown(results, "x.json").splitlines()
+    rows = [line for line in lines if line.endswith(" 300 |")]
     assert [row.split("|")[1:3] for row in rows] == [
         [f" {layer} ", f" {seed} "] for seed in (0, 1) for layer in ("stock", "fused")
     ]
     assert rows[0] == (
-        "| stock | 0 | 5.2500 | -0.7500 | 0.600 [0.502, 0.691] | 0.500 | 0.750 | 12,346 | 300 |"
+        "| stock | 0 | 5.2500 | -0.7500 | 0.600 [0.502, 0.691] | 0.500 | 0.750 | 12,361 | 300 |"
     )
 
 
@@ -88,7 +92,14 @@ def test_verdict_counts_runs_beyond_their_interval(results):
 def test_table_names_hardware_command_and_source(results):
     here = results["environment"]
     head = end_to_end.markdown(results, "x.json").splitlines()[0]
-    for part in (here["device_name"], here["command"], here["torch"], "`x.json`", "6.0000"):
+    for part in (
+        here["device_name"],
+        here["command"],
+        here["torch"],
+        "C++ extension",
+        "`x.json`",
+        "6.0000",
+    ):
         assert part in head
     assert here["command"].startswith("python -m benchmarks.end_to_end")
 
@@ -113,7 +124,14 @@ def test_document_without_a_place_is_left_alone(results, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "[]", '{"format": "fastattn benchmarks", "version": 1}']
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        '{"format": "fastattn benchmarks", "version": 1}',
+        '{"format": "fastattn end to end", "version": 1, "runs": [1]}',
+    ],
 )
 def test_other_files_are_refused(tmp_path, capsys, content):
     path = tmp_path / "results.json"
@@ -129,11 +147,79 @@ def test_plot_shows_every_run(results, tmp_path, monkeypatch):
     end_to_end.draw(results, tmp_path / "x.png")
     [figure] = drawn
     masked, order, speed = figure.axes
-    labels = masked.get_legend_handles_labels()[1]
-    runs = {f"{run['layer']}, seed {run['seed']}" for run in results["runs"]}
-    assert set(labels) == runs | {"unigram entropy"}
-    assert len(masked.lines) == len(order.lines) == 2 * len(runs) + 1
-    assert len(speed.patches) == len(runs)
+    runs = end_to_end.in_order(results["runs"])
+    names = [f"{run['layer']}, seed {run['seed']}" for run in runs]
+    assert [(run["layer"], run["seed"]) for run in runs] == [
+        ("stock", 0), ("fused", 0), ("stock", 1), ("fused", 1),
+    ]  # fmt: skip
+    assert masked.get_legend_handles_labels()[1] == [*names, "unigram entropy"]
+    for axes in (masked, order):
+        *lines, level = axes.lines
+        assert len(lines) == 2 * len(runs)
+        for index, line in enumerate(lines):
+            run = runs[index // 2]
+            losses = run["curves"]["train_loss"]
+            assert [list(point) for point in zip(*line.get_data(), strict=True)] == losses
+            assert line.get_color() == end_to_end.COLOUR[run["layer"]]
+    assert masked.lines[-1].get_ydata()[0] == 6.0
+    assert order.lines[-1].get_ydata()[0] == math.log(2)
+    assert [label.get_text() for label in speed.get_yticklabels()] == names
+    for patch, run in zip(speed.patches, runs, strict=True):
+        assert patch.get_width() == run["pretraining"]["tokens_per_second"]
+        assert patch.get_facecolor() == to_rgba(end_to_end.COLOUR[run["layer"]])
+
+
+def test_unfinished_results_can_be_drawn(results, tmp_path):
+    end_to_end.draw(results | {"runs": results["runs"][:1]}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+
+
+def test_kinds_alternate_and_each_classifier_gets_its_own_encoder(monkeypatch, tmp_path):
+    started = []
+
+    def example(program, *options):
+        parsed = dict(zip(options[::2], options[1::2], strict=True))
+        started.append((program, parsed))
+
+    monkeypatch.setattr(end_to_end, "example", example)
+    monkeypatch.setattr(end_to_end, "read", lambda path: str(path))
+    monkeypatch.setattr(end_to_end, "curves", lambda path: str(path))
+    arguments = argparse.Namespace(
+        seeds=[4, 7], device="cuda", pretrain="--layer other --amp bf16", finetune="--lr 1"
+    )
+    found = list(end_to_end.measure(arguments))
+    kinds = [("stock", "4"), ("fused", "4"), ("fused", "7"), ("stock", "7")]
+    assert [(run["layer"], str(run["seed"])) for run in found] == kinds
+    for index, kind in enumerate(kinds):
+        (first, training), (second, tuning) = started[2 * index : 2 * index + 2]
+        assert (first, second) == ("pretrain.py", "finetune.py")
+        for options in (training, tuning):
+            assert (options["--layer"], options["--seed"]) == kind
+            assert options["--device"] == "cuda"
+        assert training["--amp"] == "bf16" and tuning["--lr"] == "1"
+        assert tuning["--pretrained"] == training["--out"]
+        assert found[index]["pretraining"] == str(Path(training["--out"], "result.json"))
+        assert found[index]["curves"] == str(Path(training["--out"], "log.csv"))
+        assert found[index]["finetuning"] == str(Path(tuning["--out"], "result.json"))
+    assert len({options["--out"] for _, options in started}) == 8
+
+
+def test_examples_use_the_checkout_that_is_recorded(monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        end_to_end.subprocess, "run", lambda command, **options: used.append(options["env"])
+    )
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    end_to_end.example("pretrain.py")
+    assert used[0]["PYTHONPATH"].split(os.pathsep) == [str(end_to_end.ROOT), "elsewhere"]
+
+
+def test_fused_is_set_against_stock_seed_by_seed(results):
+    expected = (
+        f"- fused over stock, seed by seed: tokens/s × {12357.6 / 12360.6:.2f}, "
+        f"{12349.6 / 12361.6:.2f}; masked tokens +0.000, +0.000."
+    )
+    assert expected in end_to_end.markdown(results, "x.json").splitlines()
 
 
 def test_training_curve_is_averaged_and_the_other_is_not(tmp_path):
@@ -190,6 +276,18 @@ def test_failing_program_is_named(tmp_path, capfd):
     assert end_to_end.main(options) == 2
     message = capfd.readouterr().err
     assert "--heads 3" in message and "pretrain.py" in message
+
+
+def test_missing_document(results, tmp_path, capsys):
+    (path := tmp_path / "results.json").write_text(json.dumps(results))
+    assert end_to_end.main([str(path), "--write", str(tmp_path / "missing.md")]) == 2
+    assert "missing.md" in capsys.readouterr().err
+
+
+def test_seeds_must_differ(capsys):
+    with pytest.raises(SystemExit):
+        end_to_end.main(["--seeds", "1", "1"])
+    assert "--seeds" in capsys.readouterr().err
 
 
 def test_write_needs_a_file(capsys):

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -129,6 +130,73 @@ def test_second_stage_goes_on_from_the_first(trainer, monkeypatch):
         assert torch.equal(encoder[name], weight), name
 
 
+def test_stages_see_the_training_texts_alone_in_a_new_order_each_time(trainer, monkeypatch):
+    trainer = trainer("--adapt-epochs", 2, "--epochs", 3, "--adapt-lr", 0.5, "--lr", 0.25)
+    stages = []
+
+    def observed(model, loader, epochs, lr):
+        orders = [[tuple(row) for batch in loader for row in batch[0].tolist()] for _ in range(2)]
+        stages.append((model.freeze, epochs, lr, orders))
+
+    monkeypatch.setattr(finetune, "train_adapted_model", observed)
+    trainer.tuned(trainer.adapted())
+    trainer.untrained()
+    assert [stage[:3] for stage in stages] == [(True, 2, 0.5), (False, 3, 0.25), (False, 3, 0.25)]
+    [train, held_out] = [
+        sorted(tuple(e.tokens.tolist()) for e in texts)
+        for texts in (trainer.train_texts, trainer.held_out)
+    ]
+    assert len(held_out) == len(trainer.task.held_out) and not set(train) & set(held_out)
+    for *_, (first, second) in stages:
+        unpadded = [tuple(x for x in row if x != trainer.vocabulary.pad) for row in first]
+        assert sorted(unpadded) == train
+        assert first != second
+
+
+def test_each_score_is_of_its_own_model(run, monkeypatch, tmp_path):
+    made, scored = {}, []
+
+    def note(stage):
+        build = getattr(finetune.Trainer, stage)
+
+        def observed(self, *inputs):
+            made[stage] = build(self, *inputs)
+            return made[stage]
+
+        monkeypatch.setattr(finetune.Trainer, stage, observed)
+
+    for stage in ("adapted", "tuned", "untrained"):
+        note(stage)
+
+    def right(self, model):
+        scored.append(model)
+        texts = torch.zeros(len(self.held_out), dtype=torch.bool)
+        texts[: len(scored)] = True
+        return texts
+
+    monkeypatch.setattr(finetune.Trainer, "right", right)
+    result = run()
+    assert [model is made[stage] for model, stage in zip(scored, made, strict=True)] == [True] * 3
+    counts = [int(result[name].sum()) for name in ("adapted", "fine-tuned", "not pre-trained")]
+    assert counts == [1, 2, 3]
+
+
+def test_score_is_taken_without_dropout(trainer):
+    made = trainer()
+    model = made.tuned(made.adapted())
+    modes = []
+    model.train()
+    model.encoder.register_forward_hook(lambda module, *_: modes.append(module.training))
+    made.right(model)
+    assert modes and not any(modes)
+
+
+@pytest.mark.parametrize("layer, kind", [("stock", "TransformerEncoderLayer"), ("fused", "Fused")])
+def test_layers_are_of_the_kind_asked_for(trainer, layer, kind):
+    encoder = trainer("--layer", layer).encoder()
+    assert all(type(one).__name__.startswith(kind) for one in encoder.layers)
+
+
 def test_every_parameter_of_the_encoder_is_fine_tuned(trainer):
     trainer = trainer("--lr", 1e-2)
     encoder = trainer.tuned(trainer.adapted()).encoder
@@ -209,7 +277,7 @@ def test_result_and_summary_say_what_was_measured(run, capsys, tmp_path):
 
 
 def test_docstrings_are_held_out_as_in_pre_training():
-    task = finetune.docstrings_task()
+    task = finetune.docstrings_task("")
     assert task.classes == ["class", "function", "method", "module"]
     documents = list(dict.fromkeys(text.python_documents()))
     held_out = set(documents[:: text.HELD_OUT])
@@ -224,19 +292,31 @@ def test_docstrings_are_held_out_as_in_pre_training():
     assert labels[inspect.getdoc(json.JSONEncoder.iterencode)] == "method"
 
 
-def test_file_is_read_once_a_text_and_every_fifth_is_held_out(tmp_path):
-    rows = [(f"number {i}", "even" if i % 2 == 0 else "odd") for i in range(30)]
-    path = write_csv(tmp_path / "data.csv", [*rows, ("number 3", "even")])
-    task = finetune.file_task(path)
-    assert task.held_out == rows[::5]
-    assert task.train == [row for i, row in enumerate(rows) if i % 5]
+def test_fifth_of_each_label_is_held_out_and_no_text_is_on_both_sides(tmp_path):
+    rows = [(f"number {i}", "abcde"[i % 5]) for i in range(100)]
+    again = [(f"  Number  {i}", "b") for i in range(100)]
+    task = finetune.file_task(write_csv(tmp_path / "data.csv", rows + again))
+    assert sorted(task.train + task.held_out) == sorted(rows)
+    assert Counter(label for _, label in task.held_out) == dict.fromkeys("abcde", 4)
+    assert task.classes == list("abcde")
+
+
+def test_other_text_in_pre_training_is_said(capsys):
+    finetune.docstrings_task("0")
+    assert "pre-trained on other text" in capsys.readouterr().out
+    documents = text.without_repeats(text.python_documents())
+    corpus = text.Corpus(documents[:60], text.train_tokenizer(documents[:60], 500), 16)
+    assert corpus.digest == text.digest_of(documents[:60])
+    finetune.docstrings_task(text.digest_of(documents))
+    assert "note" not in capsys.readouterr().out
 
 
 def test_file_may_have_a_byte_order_mark_and_long_texts(tmp_path):
     rows = [("word " * 50_000 + str(i), "ab"[i % 2]) for i in range(20)]
     path = write_csv(tmp_path / "data.csv", rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert finetune.file_task(path).held_out == rows[::5]
+    task = finetune.file_task(path)
+    assert sorted(task.train + task.held_out) == sorted(rows)
 
 
 def test_text_is_cut_and_marked(trainer):
@@ -260,33 +340,50 @@ def test_text_is_cut_and_marked(trainer):
 def test_majority_class_is_that_of_the_training_texts():
     train = [text.Labelled(f"t{i}", "a" if i % 3 else "b") for i in range(30)]
     held_out = [text.Labelled(f"h{i}", "b" if i % 4 else "a") for i in range(8)]
-    right = finetune.majority_class(finetune.make_task(train, held_out))
+    right = finetune.majority_class(finetune.Task(["a", "b"], train, held_out))
     assert right.tolist() == [True, False, False, False] * 2
 
 
-def test_bag_of_words_learns_words():
-    def texts(count, start):
-        kinds = [("red", "a"), ("green", "b"), ("blue", "c")]
-        return [
-            text.Labelled(f"the {word} one {start + i}", label)
-            for i in range(count)
-            for word, label in kinds
-        ]
+def colours(count: int, start: int) -> list[text.Labelled]:
+    """The last word decides, and a label is four times as frequent as another."""
+    words = {"red": "a", "scarlet": "a", "crimson": "a", "vermilion": "a", "green": "b"}
+    return [
+        text.Labelled(f"what is said at the beginning of text {start + i} is noise {word}", label)
+        for i in range(count)
+        for word, label in words.items()
+    ]
 
-    right = finetune.bag_of_words(finetune.make_task(texts(10, 0), texts(5, 100)))
-    assert right.dtype == torch.bool and len(right) == 15 and right.all()
+
+def test_bag_of_words_learns_words_of_whole_texts():
+    right = finetune.bag_of_words(finetune.Task(["a", "b"], colours(10, 0), colours(5, 100)))
+    assert right.dtype == torch.bool and len(right) == 25 and right.all()
+
+
+def test_bag_of_words_is_scored_on_what_is_held_out():
+    swapped = [text.Labelled(t, "b" if label == "a" else "a") for t, label in colours(10, 0)]
+    right = finetune.bag_of_words(finetune.Task(["a", "b"], colours(10, 0), swapped))
+    assert len(right) == 50 and not right.any()
 
 
 def test_difference_is_that_of_paired_texts():
-    one = torch.tensor([True] * 60 + [False] * 40)
-    other = torch.tensor([True] * 50 + [False] * 50)
+    """By hand: 13 texts gained and 3 lost of 100, and one more of either."""
+    one = torch.tensor([True] * 63 + [False] * 37)
+    other = torch.tensor([True] * 50 + [False] * 47 + [True] * 3)
     d = finetune.Difference.of(one, other)
-    half = 1.959964 * math.sqrt(0.1 * 0.9 / 99 * 100 / 100)
+    half = 1.959964 * math.sqrt((18 / 102 - (10 / 102) ** 2) / 102)
     assert d.mean == pytest.approx(0.1)
-    assert (d.low, d.high) == pytest.approx((0.1 - half, 0.1 + half))
+    assert (d.low, d.high) == pytest.approx((10 / 102 - half, 10 / 102 + half))
     assert d.verdict == "above"
     assert finetune.Difference.of(other, one).verdict == "below"
     assert finetune.Difference.of(one, one).verdict == "not told apart from"
+
+
+@pytest.mark.parametrize("texts", [12, 2000])
+def test_few_texts_that_differ_tell_nothing(texts):
+    """The exact test of McNemar gives four to none p = 0.125."""
+    none = torch.zeros(texts, dtype=torch.bool)
+    (four := none.clone())[:4] = True
+    assert finetune.Difference.of(four, none).verdict == "not told apart from"
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -351,7 +448,8 @@ def repeated(word: str, labels: str) -> bytes:
         (b"text,label\none,a\ntwo\n", "line 3"),
         (b"text,label\n", "two labels or more"),
         (repeated("t", "a" * 20), "two labels or more"),
-        (repeated("t", "ab" + "a" * 18), "label 'b' has 1 texts"),
+        (b"text,label\ngood, really,a\n", "line 2"),
+        (repeated("t", "ab" + "a" * 18), "label 'b' has too few texts: 1"),
         (repeated("!", "ab" * 10), "no bag of words"),
     ],
 )
@@ -386,6 +484,12 @@ def test_full_disk(run, capsys, monkeypatch, tmp_path):
     message = refusal(capsys, run)
     assert "--out" in message and "No space left on device" in message
     assert not list((tmp_path / "tuned").glob("*.safetensors"))
+
+
+def test_folder_of_a_pre_training_is_not_used(run, capsys, pretrained):
+    before = {path: path.read_bytes() for path in pretrained.iterdir()}
+    assert "--out" in refusal(capsys, run, "--out", pretrained)
+    assert {path: path.read_bytes() for path in pretrained.iterdir()} == before
 
 
 def test_folder_that_cannot_be_made(run, capsys, tmp_path):

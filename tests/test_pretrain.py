@@ -394,6 +394,21 @@ def test_stock_checkpoint_goes_on_with_fused_layers(run, cut_short):
     assert losses(mixed) == pytest.approx(losses(stock), abs=1e-4)
 
 
+def test_other_options_that_change_the_dropout_are_said(run, cut_short, capsys):
+    cut_short(3, "--layer", "stock")
+    run("--resume", "--layer", "fused", "--accumulate", 2)
+    printed = capsys.readouterr().out
+    assert "--layer was stock, now it is fused: other dropout" in printed
+    assert "--accumulate was 1, now it is 2: other dropout" in printed
+
+
+def test_folder_of_a_classifier_is_not_used(run, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "classifier.safetensors").write_bytes(b"kept")
+    assert "--out" in refusal(capsys, run)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["classifier.safetensors"]
+
+
 def test_longer_run_says_that_the_schedule_changes(run, capsys):
     run("--steps", 4)
     capsys.readouterr()
@@ -885,6 +900,53 @@ def test_unigram_entropy():
     documents = ["ab ba. " * 50_000]
     corpus = text.Corpus(documents, text.train_tokenizer(documents, 50), 16)
     assert corpus.unigram_entropy() == pytest.approx(math.log(3), abs=0.01)
+
+
+def test_unigram_entropy_prices_held_out_tokens_by_training():
+    """Most of what there is to train on never occurs in the last fifth."""
+    documents = ["ab ab ab ba. " * 40_000 + "ba ba ba ba. " * 10_000]
+    corpus = text.Corpus(documents, text.train_tokenizer(documents, 50), 16)
+    counts = [
+        torch.bincount(part.tokens, minlength=corpus.train.vocabulary.size).double()
+        for part in (corpus.train, corpus.held_out)
+    ]
+    train, held_out = (count / count.sum() for count in counts)
+    expected = -(held_out * (train + 1e-12).log()).sum().item()
+    own = -(train * (train + 1e-12).log()).sum().item()
+    assert corpus.unigram_entropy() == pytest.approx(expected, abs=0.01)
+    assert abs(expected - own) > 0.1
+
+
+def test_evaluation_sees_held_out_windows_alone(run, monkeypatch):
+    taken = []
+    item = text.Windows.__getitem__
+
+    def observed(self, key):
+        taken.append((self, key[0]))
+        return item(self, key)
+
+    monkeypatch.setattr(text.Windows, "__getitem__", observed)
+    trainers = []
+    step = pretrain.Trainer.step
+    monkeypatch.setattr(
+        pretrain.Trainer, "step", lambda self, batches: trainers.append(self) or step(self, batches)
+    )
+    run("--steps", 2)
+    corpus = trainers[0].corpus
+    for windows, key in taken:
+        assert windows is (corpus.held_out if key == "held out" else corpus.train)
+    assert {key == "held out" for _, key in taken} == {True, False}
+
+
+@pytest.mark.parametrize("layer, kind", [("stock", "TransformerEncoderLayer"), ("fused", "Fused")])
+def test_layers_are_of_the_kind_asked_for(run, monkeypatch, layer, kind):
+    made = []
+    make = pretrain.make_encoder
+    monkeypatch.setattr(
+        pretrain, "make_encoder", lambda *inputs: made.append(make(*inputs)) or made[-1]
+    )
+    run("--steps", 1, "--layer", layer)
+    assert all(type(one).__name__.startswith(kind) for one in made[0].layers)
 
 
 # ----------------------------------------------------------------------------------------- sampler
