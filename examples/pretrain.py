@@ -379,8 +379,9 @@ class Trainer:
             torch.manual_seed(self.c.seed + self.done * group.count + group.rank)
             notes.append(f"{facts['processes']} processes before, {group.count} now: other dropout")
         for name in ("layer", "accumulate"):
-            if facts[name] != (now := getattr(self.options, name)):
-                notes.append(f"--{name} was {facts[name]}, now it is {now}: other dropout")
+            before, now = facts.get(name), getattr(self.options, name)
+            if before != now:
+                notes.append(f"--{name} was {before}, now it is {now}: other dropout")
         if facts["steps"] != steps:
             notes.append(f"--steps was {facts['steps']}, now it is {steps}: other learning rates")
         if group.first:
