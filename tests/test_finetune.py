@@ -23,20 +23,13 @@ finetune, pretrain, training, text = map(
     importlib.import_module, ("finetune", "pretrain", "training", "text")
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PRETRAINING = (
     "--steps 10 --batch-size 8 --seq-len 24 --d-model 32 --heads 4 --layers 2 --d-ff 64 "
     "--vocabulary 500 --warm-up 4 --eval-every 10 --eval-sequences 16 --order-pairs 16 --device cpu"
 ).split()
 TUNING = "--adapt-epochs 1 --epochs 1 --batch-size 16 --device cpu".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,19 +24,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 pretrain, training, text = map(importlib.import_module, ("pretrain", "training", "text"))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = (
     "--steps 12 --batch-size 8 --seq-len 24 --d-model 32 --heads 4 --layers 2 --d-ff 64 "
     "--vocabulary 500 --warm-up 4 --eval-every 4 --eval-sequences 16 --order-pairs 16 --device cpu"
 ).split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
