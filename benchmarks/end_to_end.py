@@ -36,7 +36,7 @@ LAYERS = ("stock", "fused")
 COLOUR = {"stock": BASELINE, "fused": COLOURS["fastattn"]}
 LINES = ("-", "--", ":", "-.")  # of the seeds
 POINTS = 60  # of a training curve; each is a mean over as many steps
-START, END = "<!-- end-to-end:start -->", "<!-- end-to-end:end -->"
+PLACE = "end-to-end"  # in a document
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -94,16 +94,8 @@ def curves(log: Path) -> dict[str, list[list[float]]]:
 
 
 def load(path: Path) -> dict:
-    """A file that this program wrote; :class:`ResultsError` for any other."""
-    try:
-        results = read(path)
-    except OSError as error:
-        raise report.ResultsError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise report.ResultsError(f"{path} is not JSON: {error}") from error
-    kind = (results.get("format"), results.get("version")) if isinstance(results, dict) else None
-    if kind != (FORMAT, VERSION):
-        raise report.ResultsError(f'{path} lacks "format": "{FORMAT}" and "version": {VERSION}')
+    """A file that this program wrote; `report.ResultsError` for any other."""
+    results = report.read(path, FORMAT, VERSION)
     if not (isinstance(results.get("environment"), dict) and results.get("runs")):
         raise report.ResultsError(f"{path} is incomplete: it has no environment or no runs")
     return results
@@ -173,19 +165,6 @@ def verdicts(runs: Sequence[dict]) -> Iterator[str]:
         )
 
 
-def write_into(document: Path, results: dict, source: str) -> None:
-    """Put the table between the two comments that mark its place in a document."""
-    try:
-        text = document.read_text(encoding="utf-8")
-    except OSError as error:
-        raise report.ResultsError(f"cannot read {document}: {error.strerror}") from error
-    start, end = text.find(START), text.find(END)
-    if not 0 <= start < end:
-        raise report.ResultsError(f"{document} has no place for results: {START} ... {END}")
-    table = markdown(results, source)
-    document.write_text(f"{text[:start]}{START}\n{table}\n{text[end:]}", encoding="utf-8")
-
-
 def draw(results: dict, path: Path) -> None:
     """The curves of all runs: masked tokens, order, throughput."""
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -228,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("file", nargs="?", type=Path, metavar="FILE", help="results to show again: nothing runs")
-    add(
-        "--write", type=Path, metavar="DOC", help=f"put the table of FILE between {START} and {END}"
-    )
+    add("--write", type=Path, metavar="DOC", help=f"put the table of FILE in its place, {PLACE}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--device", choices=("cpu", "cuda"), default=device)
     add("--pretrain", default="", metavar="OPTIONS", help="further options of pretrain.py")
@@ -247,10 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             results, path = run(arguments)
         if arguments.write:
-            write_into(arguments.write, results, path.name)
+            report.put(arguments.write, PLACE, lambda _: markdown(results, path.name))
         else:
             print(markdown(results, path.name))
-    except (report.ResultsError, subprocess.CalledProcessError) as error:
+    except (report.ResultsError, OSError, subprocess.CalledProcessError) as error:
         print(f"benchmarks.end_to_end: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count, groupby
 from pathlib import Path
 
@@ -27,22 +27,28 @@ class ResultsError(ValueError):
 
 
 def load(path: Path) -> dict:
-    """A results file's content; `ResultsError` where it is unreadable or not one of ours."""
+    """A results file of the suite; `ResultsError` where it is unreadable or not one."""
+    results = read(path, FORMAT, VERSION)
+    fault = _fault(results)
+    if fault is not None:
+        raise ResultsError(f"{path} is incomplete: {fault}")
+    return results
+
+
+def read(path: Path, format_name: str, version: int) -> dict:
+    """A JSON file of that format and version; `ResultsError` where it is none."""
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ResultsError(f"{path} is not a results file: not JSON ({error})") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ResultsError(f'{path} is not a results file: it lacks "format": "{FORMAT}"')
-    if results.get("version") != VERSION:
+    if not isinstance(results, dict) or results.get("format") != format_name:
+        raise ResultsError(f'{path} is not a results file: it lacks "format": "{format_name}"')
+    if results.get("version") != version:
         raise ResultsError(
-            f"{path} has version {results.get('version')!r}, this program reads version {VERSION}"
+            f"{path} has version {results.get('version')!r}, this program reads version {version}"
         )
-    fault = _fault(results)
-    if fault is not None:
-        raise ResultsError(f"{path} is incomplete: {fault}")
     return results
 
 
@@ -338,14 +344,20 @@ def write_into(document: Path, results: dict, source: str) -> None:
 
     Where they say `<!-- results:start encoder_layer -->`, of these ops only.
     """
+    put(document, "results", lambda opening: markdown(results, source, ops_in(opening)))
+
+
+def put(document: Path, name: str, table: Callable[[str], str]) -> None:
+    """Put a table, made for the opening comment, between `<!-- name:start -->` and its end."""
     text = document.read_text(encoding="utf-8")
-    start = text.find("<!-- results:start")
-    end = text.find("<!-- results:end -->")
+    start = text.find(f"<!-- {name}:start")
+    end = text.find(f"<!-- {name}:end -->")
     if not 0 <= start < end:
-        raise ResultsError(f"{document} has no place for results: <!-- results:start --> ... end")
+        raise ResultsError(f"{document} has no place for results: <!-- {name}:start --> ... end")
     opening = text[start : text.index("-->", start) + 3]
-    table = markdown(results, source, ops_in(opening))
-    document.write_text(f"{text[:start]}{opening}\n{table}\n{text[end:]}", encoding="utf-8")
+    document.write_text(
+        f"{text[:start]}{opening}\n{table(opening)}\n{text[end:]}", encoding="utf-8"
+    )
 
 
 def ops_in(opening: str) -> list[str] | None:

@@ -85,16 +85,16 @@ class Task(NamedTuple):
     held_out: list[Labelled]
 
 
-def docstrings_task(digest: str) -> Task:
+def docstrings_task(documents_digest: str) -> Task:
     """Does a docstring document a module, a class, a function or a method?
 
     Args:
-        digest: of the documents of the pre-training. Where these are not the same ones, held-out
+        documents_digest: of the pre-training. Where these are not the same ones, held-out
             docstrings may have been among them, and a note says so.
     """
     labels = dict(reversed(python_docstrings()))  # of one that occurs again the first counts
     documents = without_repeats(python_documents())
-    if digest_of(documents) != digest:
+    if digest_of(documents) != documents_digest:
         print("note: pre-trained on other text; what is held out here may have been in it")
     parts = split([[text] for text in documents])
     train, held_out = (

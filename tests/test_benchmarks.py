@@ -23,13 +23,21 @@ from benchmarks.cases import MODES, CannotRun, Case, Op, Provider, Workload
 from benchmarks.ops import OPS, attention, encoder_layer
 
 TINY = Case(2, 8, 16, 2, quick=True)
-LAYER = OPS["encoder_layer"]
-STOCK, FUSED = (next(p for p in LAYER.providers if p.name == n) for n in ("stock", "fastattn"))
 EAGER = ("stock", "fastattn")
 
 
 def provider_of(name: str, layer_class: type[nn.TransformerEncoderLayer]) -> Provider:
     return Provider(name, functools.partial(encoder_layer.build, layer_class))
+
+
+# In place of fastattn what stock computes, bit for bit: at sizes this small the largest rounding
+# error of one sound layer is now and then twice another's, on one kind of CPU and not on the next.
+FUSED = provider_of("fastattn", nn.TransformerEncoderLayer)
+LAYER = replace(
+    OPS["encoder_layer"],
+    providers=tuple(FUSED if p.name == FUSED.name else p for p in OPS["encoder_layer"].providers),
+)
+STOCK = LAYER.baseline
 
 
 def op_with(*providers: Provider, **options) -> Op:

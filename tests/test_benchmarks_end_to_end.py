@@ -107,11 +107,11 @@ def test_table_names_hardware_command_and_source(results):
 def test_table_goes_between_its_comments(results, tmp_path):
     (path := tmp_path / "results.json").write_text(json.dumps(results))
     (document := tmp_path / "doc.md").write_text(
-        f"before\n{end_to_end.START}\nold\n{end_to_end.END}\nafter\n"
+        "before\n<!-- end-to-end:start -->\nold\n<!-- end-to-end:end -->\nafter\n"
     )
     assert end_to_end.main([str(path), "--write", str(document)]) == 0
     table = end_to_end.markdown(results, "results.json")
-    expected = f"before\n{end_to_end.START}\n{table}\n{end_to_end.END}\nafter\n"
+    expected = f"before\n<!-- end-to-end:start -->\n{table}\n<!-- end-to-end:end -->\nafter\n"
     assert document.read_text(encoding="utf-8") == expected
 
 
