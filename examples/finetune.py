@@ -89,7 +89,7 @@ def docstrings_task(documents_digest: str) -> Task:
     """Does a docstring document a module, a class, a function or a method?
 
     Args:
-        documents_digest: of the pre-training. Where these are not the same ones, held-out
+        documents_digest: of what was pre-trained on. Where the documents are others, held-out
             docstrings may have been among them, and a note says so.
     """
     labels = dict(reversed(python_docstrings()))  # of one that occurs again the first counts
