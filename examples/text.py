@@ -13,6 +13,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -55,9 +56,10 @@ class Labelled(NamedTuple):
     label: str
 
 
-def python_docstrings() -> list[Labelled]:
+@cache
+def python_docstrings() -> tuple[Labelled, ...]:
     """Every docstring of Python's own modules, and what it documents."""
-    return module_docstrings(Path(sysconfig.get_paths()["stdlib"]))
+    return tuple(module_docstrings(Path(sysconfig.get_paths()["stdlib"])))
 
 
 def module_docstrings(folder: Path) -> list[Labelled]:

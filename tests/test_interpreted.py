@@ -1,4 +1,4 @@
-"""Runs ``tests/interpreted``, the tests of Triton kernels on a CPU, in a process of its own.
+"""Runs ``tests/interpreted``, the tests of Triton kernels on a CPU, in processes of their own.
 
 Triton decides when a kernel is defined whether it is compiled or interpreted.
 """
@@ -32,10 +32,12 @@ def why_not() -> str | None:
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_interpreted_kernels() -> None:
+    processes = len(os.sched_getaffinity(0))  # the interpreter itself keeps to one core
+    options = ["-q", "-p", "no:cacheprovider", "-n", str(processes), "--dist", "worksteal"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)],
+        [sys.executable, "-m", "pytest", *options, str(FOLDER)],
         cwd=FOLDER.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

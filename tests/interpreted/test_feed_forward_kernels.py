@@ -280,7 +280,7 @@ def test_programs_go_from_tile_to_tile(monkeypatch) -> None:
         ({"weight1": torch.randn(40, 136).t()}, "adjacent columns"),
         ({"column_offset": 32}, "column_offset must be a multiple of 64"),
     ],
-    ids=str,
+    ids=["none", "d_ff", "columns", "column_offset"],
 )
 def test_why_it_cannot(changes: dict[str, Any], reason: str | None) -> None:
     arguments = {**make_inputs(), **changes}
