@@ -32,8 +32,9 @@ def why_not() -> str | None:
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_interpreted_kernels() -> None:
-    processes = len(os.sched_getaffinity(0))  # the interpreter itself keeps to one core
-    options = ["-q", "-p", "no:cacheprovider", "-n", str(processes), "--dist", "worksteal"]
+    options = ["-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:  # the interpreter itself keeps to one core
+        options += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(FOLDER)],
         cwd=FOLDER.parents[1],
