@@ -166,18 +166,13 @@ def test_writing_cannot_allow_what_code_forbids(tmp_path: Path) -> None:
 # Machine code
 
 
-def function(text: str) -> list[sass.Instruction]:
-    (code,) = sass.parse(text).values()
-    return code
-
-
 def addresses(code: sass.Code, numbers: frozenset[int]) -> list[int]:
     return [code[i].address for i in sorted(numbers)]
 
 
 def test_instructions_of_a_disassembly() -> None:
     text = (FIXTURES / "product_sm100.sass").read_text()
-    code = function(text)
+    code = sass.parse(text)
     by_address = {i.address: i for i in code}
     assert by_address[0x0].opcode == "LDC" and by_address[0x30].target == 0x280
     assert by_address[0x30].falls_through  # @P1 BRA
@@ -192,7 +187,7 @@ def test_instructions_of_a_disassembly() -> None:
 
 def test_tensor_core_loop_with_a_wait_out_of_line() -> None:
     """The loop is from 0x1120 to 0x1730; it waits at 0x2480, a loop of its own, and comes back."""
-    code = function((FIXTURES / "product_sm100.sass").read_text())
+    code = sass.parse((FIXTURES / "product_sm100.sass").read_text())
     loops = [addresses(code, nodes) for nodes in sass.natural_loops(code)]
     main = next(loop for loop in loops if 0x1390 in loop)
     assert min(main) == 0x1120 and main[-4:] == [0x1730, 0x2480, 0x2490, 0x24A0]
@@ -204,7 +199,7 @@ def test_tensor_core_loop_with_a_wait_out_of_line() -> None:
 
 def test_unrolled_loops_without_tensor_cores() -> None:
     text = (FIXTURES / "row_sum_sm80.sass").read_text()
-    code = function(text)
+    code = sass.parse(text)
     regions = sass.counted_regions(code, loop=True)
     assert [(r[0].address, r[-1].address) for r in regions] == [(0x1D0, 0x8B0), (0x1170, 0x19B0)]
     loads = [variants.Region("rows", {}, 128, r).count("LDG.E.128") for r in regions]
@@ -218,9 +213,8 @@ def test_unrolled_loops_without_tensor_cores() -> None:
 
 
 def test_nested_loops_count_the_inner_one() -> None:
-    code = function(
+    code = sass.parse(
         """
-        Function : nested
         /*0000*/                   MOV R0, RZ ;
         /*0010*/                   LDG.E R2, [R4.64] ;
         /*0020*/                   STL [R1+0x4], R2 ;
@@ -240,9 +234,8 @@ def test_nested_loops_count_the_inner_one() -> None:
 
 
 def test_a_loop_that_waits_is_part_of_the_loop_around_it() -> None:
-    code = function(
+    code = sass.parse(
         """
-        Function : waiting
         /*0000*/                   LDS R2, [R4] ;
         /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
         /*0020*/              @!P0 BRA 0x10 ;
@@ -271,6 +264,37 @@ def test_tensor_core_instructions(opcode: str, kind: str | None) -> None:
 
 
 # nvcc
+
+TWO_FUNCTIONS = """
+__global__ void scale(float* x, float s) { for (int i = 0; i < 100; i++) x[i * i] *= s; }
+__global__ void quotient(int* x, int n) { x[n] = x[0] / n; }
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", variants.ARCHITECTURES)
+def test_cubins_disassembled_together_are_those_disassembled_one_by_one(
+    tmp_path: Path, arch: int
+) -> None:
+    cubins, one_by_one = [], []
+    for number, function in enumerate(TWO_FUNCTIONS.strip().splitlines()):
+        source, cubin = tmp_path / f"{number}.cu", tmp_path / f"{number}.cubin"
+        source.write_text(function)
+        subprocess.run(["nvcc", "-cubin", f"-arch=sm_{arch}", "-o", cubin, source], check=True)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        cubins.append(cubin.read_bytes())
+        one_by_one.append(sass.parse(done.stdout))
+
+    codes = measure.disassemble(cubins, arch)
+    assert [name for cubin in cubins for name in codes[cubin]] == ["_Z5scalePff", "_Z8quotientPii"]
+    for cubin, expected in zip(cubins, one_by_one, strict=True):
+        (code,) = codes[cubin].values()
+        assert [(i.opcode, i.guarded) for i in code] == [(i.opcode, i.guarded) for i in expected]
+        first = code[0].address
+        assert [i.target and i.target - first for i in code] == [i.target for i in expected]
+        assert sum(i.target is not None for i in code) > 0
+
 
 PTXAS_LOG = """\
 ptxas info    : 0 bytes gmem
@@ -375,9 +399,9 @@ def test_renewing_keeps_what_was_not_measured() -> None:
 
 
 def test_a_crash_of_the_compiler_is_a_failure() -> None:
-    future: Future[measure.Measured] = Future()
+    future: Future[list[measure.Measured]] = Future()
     future.set_exception(BrokenProcessPool())
-    result = command.outcome("op", "variant", 90, future)
+    (result,) = command.outcome([("op", "variant")], 90, future)
     assert budgets.verdicts(result, {}, {"budgets": {}}) == [
         "op, variant, sm_90: the compiler crashed, here or a little before"
     ]

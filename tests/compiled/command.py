@@ -23,6 +23,8 @@ HEADINGS = (
     *("tensor cores", "instr/element", "target", "16-byte accesses"),
 )
 
+BATCH = 8  # variants that one process compiles before it disassembles them
+
 Listed = Mapping[str, Mapping[str, Variant | Source]]
 
 
@@ -100,6 +102,7 @@ def can_compile(work: Variant | Source) -> bool:
 def measure_all(wanted: Sequence[tuple[str, str]], archs: Sequence[int]) -> list[Measured]:
     """In processes of their own, some for every architecture, with an empty cache."""
     workers = -(-len(os.sched_getaffinity(0)) // len(archs))
+    batches = [wanted[i : i + BATCH] for i in range(0, len(wanted), BATCH)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         pools = {
@@ -107,21 +110,25 @@ def measure_all(wanted: Sequence[tuple[str, str]], archs: Sequence[int]) -> list
             for arch in archs
         }
         futures = [
-            (op, variant, arch, pools[arch].submit(measure, op, variant, arch))
-            for op, variant in wanted
+            (batch, arch, pools[arch].submit(measure, batch, arch))
+            for batch in batches
             for arch in archs
         ]
-        results = [outcome(*future) for future in futures]
+        results = [result for future in futures for result in outcome(*future)]
         for pool in pools.values():
             pool.shutdown()
-    return results
+    place = {work: number for number, work in enumerate(wanted)}
+    return sorted(results, key=lambda result: place[result.op, result.variant])
 
 
-def outcome(op: str, variant: str, arch: int, future: Future[Measured]) -> Measured:
+def outcome(
+    batch: Sequence[tuple[str, str]], arch: int, future: Future[list[Measured]]
+) -> list[Measured]:
     try:
         return future.result()
     except BrokenProcessPool:
-        return Measured(op, variant, arch, {}, "the compiler crashed, here or a little before")
+        crash = "the compiler crashed, here or a little before"
+        return [Measured(op, variant, arch, {}, crash) for op, variant in batch]
 
 
 def expectations(result: Measured, works: Listed) -> dict[str, Kernel]:

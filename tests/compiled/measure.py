@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +55,66 @@ class Measured:
         return f"{self.op}, {self.variant}, sm_{self.arch}"
 
 
-def measure(op: str, variant: str, arch: int) -> Measured:
-    """In a process that :func:`gpu.become_gpu` has made one of this architecture."""
-    try:
-        work = listed(op)[variant]
-        found = measure_source if isinstance(work, Source) else measure_variant
-        return Measured(op, variant, arch, found(work, arch))
-    except Exception as error:
-        return Measured(op, variant, arch, {}, f"{type(error).__name__}: {error}")
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel of a variant, and where its machine code is."""
+
+    label: str
+    symbol: str
+    cubin: bytes
+    resources: sass.Resources
+    expectation: Kernel
+    signature: str
+    constexprs: Mapping[str, Any]
+    threads: int | None
 
 
-def measure_variant(variant: Variant, arch: int) -> dict[str, Figures]:
-    figures: dict[str, Figures] = {}
+def measure(works: Sequence[tuple[str, str]], arch: int) -> list[Measured]:
+    """Variants of ops, in a process that :func:`gpu.become_gpu` has made one of this architecture.
+
+    They are disassembled together: nvdisasm takes half a second to start, and little more for all.
+    """
+    compiled: dict[tuple[str, str], list[Compiled]] = {}
+    results = []
+    for op, variant in works:
+        try:
+            work = listed(op)[variant]
+            kernels_of = compile_source if isinstance(work, Source) else compile_variant
+            compiled[op, variant] = list(kernels_of(work, arch))
+        except Exception as error:
+            results.append(failed(op, variant, arch, error))
+    codes = disassemble({kernel.cubin for kernels in compiled.values() for kernel in kernels}, arch)
+    for (op, variant), kernels in compiled.items():
+        try:
+            figures = {k.label: figures_of(k, codes[k.cubin][k.symbol]) for k in kernels}
+            results.append(Measured(op, variant, arch, figures))
+        except Exception as error:
+            results.append(failed(op, variant, arch, error))
+    return results
+
+
+def failed(op: str, variant: str, arch: int, error: Exception) -> Measured:
+    return Measured(op, variant, arch, {}, f"{type(error).__name__}: {error}")
+
+
+def compile_variant(variant: Variant, arch: int) -> Iterator[Compiled]:
     launched = gpu.launched_by(variant.call)
     if not launched:
         raise LookupError("the call launches no kernel")
+    launches: Counter[str] = Counter()
     for kernel in launched:
         name = kernel.metadata.name
-        launches = sum(name == kernel_name(label) for label in figures)
-        label = f"{name}#{launches + 1}" if launches else name
-        figures[label] = triton_figures(kernel, expected(variant, name), arch)
-    return figures
+        launches[name] += 1
+        yield Compiled(
+            f"{name}#{launches[name]}" if launches[name] > 1 else name,
+            name,
+            kernel.asm["cubin"],
+            triton_resources(kernel, arch),
+            expected(variant, name),
+            name,
+            gpu.constexprs_of(kernel),
+            32 * kernel.metadata.num_warps,
+        )
 
 
 def expected(work: Variant | Source, kernel: str) -> Kernel:
@@ -81,85 +123,84 @@ def expected(work: Variant | Source, kernel: str) -> Kernel:
     return work.kernels[kernel]
 
 
-def triton_figures(kernel: Any, expectation: Kernel, arch: int) -> Figures:
+def triton_resources(kernel: Any, arch: int) -> sass.Resources:
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     if columns > gpu.TENSOR_MEMORY_COLUMNS:
         raise MemoryError(
             f"{columns} columns of tensor memory; sm_{arch} has {gpu.TENSOR_MEMORY_COLUMNS}"
         )
-    name = kernel.metadata.name
-    text = disassemble(kernel.asm["cubin"])
-    resources = sass.parse_resources(text)[name]
+    with file_of(kernel.asm["cubin"]) as path:
+        text = _run(knobs.nvidia.cuobjdump.path, "-res-usage", path).stdout
+    resources = sass.parse_resources(text)[kernel.metadata.name]
     reserved = RESERVED_SHARED if arch >= 90 else 0
-    return figures_of(
-        sass.parse(text)[name],
-        sass.Resources(
-            resources.registers,
-            resources.stack,
-            kernel.metadata.shared + max(0, resources.shared - reserved),
-        ),
-        expectation,
-        name,
-        gpu.constexprs_of(kernel),
-        32 * kernel.metadata.num_warps,
-    )
+    shared = kernel.metadata.shared + max(0, resources.shared - reserved)
+    return replace(resources, shared=shared)
 
 
-def figures_of(
-    code: sass.Code,
-    resources: sass.Resources,
-    expectation: Kernel,
-    name: str,
-    constexprs: Mapping[str, Any],
-    threads: int | None,
-) -> Figures:
+def figures_of(kernel: Compiled, code: sass.Code) -> Figures:
     regions = [
-        Region(name, constexprs, threads, instructions)
-        for instructions in sass.counted_regions(code, expectation.loop)
+        Region(kernel.signature, kernel.constexprs, kernel.threads, instructions)
+        for instructions in sass.counted_regions(code, kernel.expectation.loop)
     ]
     if not regions:
-        raise LookupError(f"{name} has no loop to count")
+        raise LookupError(f"{kernel.signature} has no loop to count")
     return Figures(
-        resources.registers,
-        resources.stack,
+        kernel.resources.registers,
+        kernel.resources.stack,
         sass.spills(code),
-        resources.shared,
+        kernel.resources.shared,
         sass.tensor_cores(code),
-        tuple(len(region.instructions) / expectation.elements(region) for region in regions),
+        tuple(len(r.instructions) / kernel.expectation.elements(r) for r in regions),
         *sass.global_accesses(code),
         exchanges=sass.exchanges(code),
     )
 
 
-def disassemble(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def disassemble(cubins: Iterable[bytes], arch: int) -> dict[bytes, dict[str, sass.Code]]:
+    """The machine code in every cubin, by function. Addresses count on from one to the next."""
+    functions = [(cubin, *function) for cubin in cubins for function in sass.functions_in(cubin)]
+    with file_of(b"".join(content for _, _, content in functions)) as path:
+        code = sass.parse(_run(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}", path).stdout)
+    lengths = [len(content) // sass.INSTRUCTION_BYTES for _, _, content in functions]
+    if sum(lengths) != len(code):
+        raise ValueError(f"{len(code)} instructions disassembled, of {sum(lengths)}")
+    remaining = iter(code)
+    codes: dict[bytes, dict[str, sass.Code]] = {}
+    for (cubin, name, _), length in zip(functions, lengths, strict=True):
+        codes.setdefault(cubin, {})[name] = list(islice(remaining, length))
+    return codes
+
+
+@contextmanager
+def file_of(content: bytes) -> Iterator[str]:
+    """The path of a file with this content, for a program to read."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        return _run(knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name).stdout
+        yield file.name
 
 
 def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def measure_source(source: Source, arch: int) -> dict[str, Figures]:
+def compile_source(source: Source, arch: int) -> Iterator[Compiled]:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "out.cubin")
+        path = Path(folder, "out.cubin")
         log = _run(
             nvcc() or "nvcc",
             *("-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-Xptxas", "-v"),
-            *("-I", str(ROOT / "csrc"), "-o", str(cubin), str(source.path)),
+            *("-I", str(ROOT / "csrc"), "-o", str(path), str(source.path)),
         ).stderr
-        functions = sass.parse(disassemble(cubin.read_bytes()))
-    figures = {}
-    for symbol, resources in parse_ptxas(log).items():
-        signature = _run("c++filt", symbol).stdout.strip().replace("(anonymous namespace)::", "")
-        expectation = expected(source, kernel_name(signature))
-        label = signature.removeprefix("void ").partition("(")[0]
-        figures[label] = figures_of(functions[symbol], resources, expectation, signature, {}, None)
-    if not figures:
+        cubin = path.read_bytes()
+    kernels = parse_ptxas(log)
+    if not kernels:
         raise LookupError("no kernel in it")
-    return figures
+    for symbol, resources in kernels.items():
+        signature = _run("c++filt", symbol).stdout.strip().replace("(anonymous namespace)::", "")
+        label = signature.removeprefix("void ").partition("(")[0]
+        expectation = expected(source, kernel_name(signature))
+        yield Compiled(label, symbol, cubin, resources, expectation, signature, {}, None)
 
 
 def kernel_name(signature: str) -> str:

@@ -1,16 +1,16 @@
-"""Machine code as ``cuobjdump -sass -res-usage`` prints it: instructions, loops, resources."""
+"""Machine code as ``nvdisasm`` and ``cuobjdump`` print it: instructions, loops, resources."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 INSTRUCTION = re.compile(
     r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:(?P<guard>@!?U?P\w+)\s+)?"
     r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
 )
-FUNCTION = re.compile(r"^\s*Function : (\S+)")
 RESOURCES = re.compile(r"^\s*Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", re.MULTILINE)
 
 #: mma.sync on sm_80 (HMMA, ...), wgmma on sm_90 (HGMMA, ...), tcgen05 on sm_100 (UTCHMMA, ...)
@@ -19,6 +19,9 @@ SPILL = re.compile(r"LDL|STL")
 EXCHANGE = re.compile(r"SHFL|STS|LDS|STSM|LDSM")
 GLOBAL_ACCESS = re.compile(r"LDG|STG|LDGSTS")
 WIDE = re.compile(r"\.(128|256)\b")
+
+#: On every architecture since 7.0.
+INSTRUCTION_BYTES = 16
 
 #: The most instructions of a loop that only waits for a barrier.
 LONGEST_WAIT = 8
@@ -67,23 +70,31 @@ class Resources:
     shared: int  # bytes of static shared memory, with what the system reserves
 
 
-def parse(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of every function in a disassembly, by mangled name."""
-    functions: dict[str, list[Instruction]] = {}
-    code: list[Instruction] = []
-    for line in text.splitlines():
-        if header := FUNCTION.match(line):
-            code = functions.setdefault(header[1], [])
-        elif found := INSTRUCTION.match(line):
-            code.append(
-                Instruction(
-                    int(found["address"], 16),
-                    found["opcode"],
-                    found["operands"].strip(),
-                    found["guard"] is not None,
-                )
-            )
-    return functions
+def parse(text: str) -> list[Instruction]:
+    return [
+        Instruction(
+            int(found["address"], 16),
+            found["opcode"],
+            found["operands"].strip(),
+            found["guard"] is not None,
+        )
+        for found in map(INSTRUCTION.match, text.splitlines())
+        if found
+    ]
+
+
+def functions_in(cubin: bytes) -> Iterator[tuple[str, bytes]]:
+    """The mangled name and the machine code of every function in a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<3H", cubin, 0x3A)
+    # Of each: name, type, flags, address, offset, size.
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    names = sections[of_names][4]
+    for name, _, _, _, offset, length in sections:
+        start = names + name
+        title = cubin[start : cubin.index(b"\0", start)].decode()
+        if title.startswith(".text."):
+            yield title.removeprefix(".text."), cubin[offset : offset + length]
 
 
 def parse_resources(text: str) -> dict[str, Resources]:
