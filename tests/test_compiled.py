@@ -407,6 +407,10 @@ def test_a_crash_of_the_compiler_is_a_failure() -> None:
     ]
 
 
+def test_nothing_that_compiles_is_nothing_to_disassemble() -> None:
+    assert measure.disassemble([], 90) == {}
+
+
 def test_modules_that_launch_kernels() -> None:
     assert variants.launches_kernels("def f(x):\n    kernel[(1,)](x, num_warps=4)\n")
     assert not variants.launches_kernels("def f(x):\n    return table[1] + g(x)\n")

@@ -159,6 +159,8 @@ def figures_of(kernel: Compiled, code: sass.Code) -> Figures:
 def disassemble(cubins: Iterable[bytes], arch: int) -> dict[bytes, dict[str, sass.Code]]:
     """The machine code in every cubin, by function. Addresses count on from one to the next."""
     functions = [(cubin, *function) for cubin in cubins for function in sass.functions_in(cubin)]
+    if not functions:
+        return {}
     with file_of(b"".join(content for _, _, content in functions)) as path:
         code = sass.parse(_run(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}", path).stdout)
     lengths = [len(content) // sass.INSTRUCTION_BYTES for _, _, content in functions]
