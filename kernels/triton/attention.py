@@ -149,7 +149,6 @@ def _mask_gradient(
         Delta=delta,
         dMask=partial,
         dmask_strides=(partial.stride(0), *_broadcast_strides(partial[0])),
-        batch=launch.batch,
         splits=splits,
         SUM_BATCH=summed[0],
         SUM_HEADS=summed[1],
@@ -170,6 +169,8 @@ class Launch:
         self.packing = {
             "CuSeqlensQ": _contiguous(arguments.cu_seqlens_q),
             "CuSeqlensK": _contiguous(arguments.cu_seqlens_k),
+            "tokens_q": query.shape[0],
+            "tokens_k": key.shape[0],
         }
         self.is_packed = arguments.cu_seqlens_q is not None
         if self.is_packed:
@@ -178,8 +179,8 @@ class Launch:
         else:
             self.batch, self.seqlen_q = query.shape[:2]
             self.seqlen_k = key.shape[1]
-        #: One for each head of each sequence.
-        self.programs = self.batch * self.heads * min(self.head_dim, 1)
+        #: One for each head of each sequence, and of the rows after the last packed one.
+        self.programs = (self.batch + self.is_packed) * self.heads * min(self.head_dim, 1)
         self.rows = rows
         self.unit = math.gcd(
             ACCESS_BYTES // query.element_size(),
@@ -209,6 +210,7 @@ class Launch:
             "key_stride": 0 if padding is None else padding.stride(0),
             "bias_strides": tuple(stride // bias_unit for stride in bias_strides[:3]),
             "bias_columns": self.seqlen_k // bias_unit,
+            "batch": self.batch,
             "heads": self.heads,
             "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,

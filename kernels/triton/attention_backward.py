@@ -23,6 +23,7 @@ from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
     bias_offset,
+    clear_rows_after,
     dropout_of,
     is_open,
     kept,
@@ -77,10 +78,13 @@ def query_gradient_kernel(
     key_stride,  # of KeyMask's batch
     bias_strides,
     bias_columns,
+    batch,
     heads,
     query_blocks,
-    seqlen_q,
+    seqlen_q,  # packed: the longest that counts
     seqlen_k,
+    tokens_q,  # packed: rows of Q, of which some may belong to no sequence
+    tokens_k,
     scale: tl.float64,
     site,
     head_offset,
@@ -96,13 +100,13 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
-    first_q, seqlen_q = sequence_of(CuSeqlensQ, sequence, seqlen_q)
-    first_k, seqlen_k = sequence_of(CuSeqlensK, sequence, seqlen_k)
+    first_q, rows_q, end_m = sequence_of(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
+    first_k, _, end_n = sequence_of(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
     start_m = block * BLOCK_M
-    if start_m >= seqlen_q:
+    if start_m >= rows_q:
         return
-    end_m = length_of(QueryLengths, sequence, seqlen_q)
-    end_n = length_of(KeyLengths, sequence, seqlen_k)
+    end_m = length_of(QueryLengths, sequence, end_m)
+    end_n = length_of(KeyLengths, sequence, end_n)
     if TILE.IS_CAUSAL:
         end_n = tl.minimum(end_n, start_m + BLOCK_M)
     end_n = tl.where(start_m < end_m, end_n, 0)
@@ -129,12 +133,12 @@ def query_gradient_kernel(
     do = load_tile(dOut, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
     out = load_tile(Out, start_m, out_strides[1], end_m, BLOCK_M, TILE, True)
     m = start_m + tl.arange(0, BLOCK_M)
-    shift = tl.load(RowShift + row + m, mask=m < seqlen_q, other=float("inf"))
+    shift = tl.load(RowShift + row + m, mask=m < rows_q, other=float("inf"))
     delta = tl.sum(do.to(dtype) * out.to(dtype), 1)
     delta /= tl.where(keep_scale > 0, keep_scale, 1.0)  # where it is 0 everything drops
     rows = q, do, shift, delta
     if RowScale is None:
-        tl.store(Delta + row + m, delta, mask=m < seqlen_q)
+        tl.store(Delta + row + m, delta, mask=m < rows_q)
 
     dq = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
     excess = tl.zeros([BLOCK_M, excess_columns(q.dtype, BLOCK_N)], dtype)
@@ -153,13 +157,15 @@ def query_gradient_kernel(
         )  # fmt: skip
     dq *= out_scale
     if RowScale is not None:
-        row_scale = tl.load(RowScale + row + m, mask=m < seqlen_q, other=0.0)
+        row_scale = tl.load(RowScale + row + m, mask=m < rows_q, other=0.0)
         # A row of dS adds up to 0, or else to what delta lacks.
         delta += tl.sum(excess, 1) * row_scale
-        tl.store(Delta + row + m, delta, mask=m < seqlen_q)
+        tl.store(Delta + row + m, delta, mask=m < rows_q)
         # Where row_scale is 1, P is 1 for one key and 0 for the others, and that sum is all of dS.
         dq *= tl.where(row_scale == 1, 0.0, row_scale)[:, None]
-    store_tile(dQ, dq, start_m, dq_strides[1], seqlen_q, BLOCK_M, TILE)
+    store_tile(dQ, dq, start_m, dq_strides[1], rows_q, BLOCK_M, TILE)
+    if CuSeqlensQ is not None:
+        clear_rows_after(dQ, start_m, query_blocks, dq_strides[1], rows_q, BLOCK_M, TILE)
 
 
 @triton.jit
@@ -270,10 +276,13 @@ def key_gradient_kernel(
     key_stride,  # of KeyMask's batch
     bias_strides,
     bias_columns,
+    batch,
     heads,
     key_blocks,
     seqlen_q,
     seqlen_k,
+    tokens_q,
+    tokens_k,
     scale: tl.float64,
     site,
     head_offset,
@@ -292,14 +301,14 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(key_blocks, heads, False)
-    first_q, seqlen_q = sequence_of(CuSeqlensQ, sequence, seqlen_q)
-    first_k, seqlen_k = sequence_of(CuSeqlensK, sequence, seqlen_k)
+    first_q, rows_q, end_m = sequence_of(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
+    first_k, rows_k, end_n = sequence_of(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
     start_n = block * BLOCK_N
     if dQ is None:
-        if start_n >= seqlen_k:
+        if start_n >= rows_k:
             return
-    end_m = length_of(QueryLengths, sequence, seqlen_q)
-    end_n = length_of(KeyLengths, sequence, seqlen_k)
+    end_m = length_of(QueryLengths, sequence, end_m)
+    end_n = length_of(KeyLengths, sequence, end_n)
 
     dOut = rows_of(dOut, do_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
@@ -331,7 +340,7 @@ def key_gradient_kernel(
     if KeyMask is not None:
         key_mask = load_mask(KeyMask + key_offset + n, counts)
         counts &= is_open(key_mask)
-        if key_mask.dtype != tl.uint8:
+        if key_mask.dtype != tl.int1:
             added = key_mask.to(dtype)
     if dQ is not None:  # no other key may reach dQ
         added = tl.where(counts, 0.0 if added is None else added, float("-inf")).to(dtype)
@@ -342,7 +351,7 @@ def key_gradient_kernel(
 
     query_blocks = tl.cdiv(end_m, BLOCK_M)
     if dQ is not None:  # whose every row is written
-        query_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+        query_blocks = tl.cdiv(rows_q, BLOCK_M)
     else:
         query_blocks = tl.where(tl.max(counts.to(tl.int32), 0) != 0, query_blocks, 0)
     first, whole = 0, 0  # the first block, and the first for which every key counts
@@ -352,7 +361,7 @@ def key_gradient_kernel(
     if Bias is not None or (TILE.IS_CAUSAL and dQ is not None):
         whole = query_blocks
     tile = k, v, start_n
-    ends = end_m, end_n, seqlen_q
+    ends = end_m, end_n, rows_q
     if TILE.IS_CAUSAL or Bias is not None:
         dk, dv = gather_from_queries(
             dk, dv, tile, added, queries, strides, first, whole, masks, dropout, scales,
@@ -368,8 +377,11 @@ def key_gradient_kernel(
     if dQ is None:
         dk = tl.where(counts[:, None], dk, 0.0)
         dv = tl.where(counts[:, None], dv, 0.0)
-    store_tile(dK, dk, start_n, dk_strides[1], seqlen_k, BLOCK_N, TILE)
-    store_tile(dV, dv, start_n, dv_strides[1], seqlen_k, BLOCK_N, TILE)
+    store_tile(dK, dk, start_n, dk_strides[1], rows_k, BLOCK_N, TILE)
+    store_tile(dV, dv, start_n, dv_strides[1], rows_k, BLOCK_N, TILE)
+    if CuSeqlensK is not None:
+        clear_rows_after(dK, start_n, key_blocks, dk_strides[1], rows_k, BLOCK_N, TILE)
+        clear_rows_after(dV, start_n, key_blocks, dv_strides[1], rows_k, BLOCK_N, TILE)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
     bias_offset,
+    clear_rows_after,
     drop,
     dropout_of,
     exponential,
@@ -40,6 +41,7 @@ RUNTIME = [
     *("dq_strides", "dk_strides", "dv_strides", "dmask_strides"),
     *("row_stride", "key_stride", "bias_strides"),
     *("batch", "heads", "query_blocks", "key_blocks", "seqlen_q", "seqlen_k", "splits"),
+    *("tokens_q", "tokens_k"),
     *("bias_columns", "site", "head_offset", "threshold"),
 ]
 
@@ -67,10 +69,13 @@ def forward_kernel(
     key_stride,  # of KeyMask's batch
     bias_strides,  # of batch, head and row, in BIAS_UNITs, 0 where it broadcasts
     bias_columns,  # in BIAS_UNITs
+    batch,
     heads,
     query_blocks,
-    seqlen_q,
+    seqlen_q,  # packed: the longest that counts
     seqlen_k,
+    tokens_q,  # packed: rows of Q, of which some may belong to no sequence
+    tokens_k,
     scale: tl.float64,
     site,
     head_offset,
@@ -92,13 +97,13 @@ def forward_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
-    first_q, seqlen_q = sequence_of(CuSeqlensQ, sequence, seqlen_q)
-    first_k, seqlen_k = sequence_of(CuSeqlensK, sequence, seqlen_k)
+    first_q, rows_q, end_m = sequence_of(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
+    first_k, _, end_n = sequence_of(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
     start_m = block * BLOCK_M
-    if start_m >= seqlen_q:
+    if start_m >= rows_q:
         return
-    end_m = length_of(QueryLengths, sequence, seqlen_q)
-    end_n = length_of(KeyLengths, sequence, seqlen_k)
+    end_m = length_of(QueryLengths, sequence, end_m)
+    end_n = length_of(KeyLengths, sequence, end_n)
     if TILE.IS_CAUSAL:
         end_n = tl.minimum(end_n, start_m + BLOCK_M)
     end_n = tl.where(start_m < end_m, end_n, 0)
@@ -139,13 +144,15 @@ def forward_kernel(
     alive = (row_sum != 0) & (m < end_m)
     row_sum = tl.where(alive, row_sum, 1.0)
     out = tl.where(alive[:, None], acc * (tl.full([], keep_scale, dtype) / row_sum)[:, None], 0.0)
-    store_tile(Out, out, start_m, out_strides[1], seqlen_q, BLOCK_M, TILE)
+    store_tile(Out, out, start_m, out_strides[1], rows_q, BLOCK_M, TILE)
+    if CuSeqlensQ is not None:
+        clear_rows_after(Out, start_m, query_blocks, out_strides[1], rows_q, BLOCK_M, TILE)
     shift = row_max
     if TILE.BASE_2:
         shift += tl.log2(row_sum)
     else:
-        tl.store(RowScale + row + m, 1.0 / row_sum, mask=m < seqlen_q)
-    tl.store(RowShift + row + m, tl.where(alive, shift, float("inf")), mask=m < seqlen_q)
+        tl.store(RowScale + row + m, 1.0 / row_sum, mask=m < rows_q)
+    tl.store(RowShift + row + m, tl.where(alive, shift, float("inf")), mask=m < rows_q)
 
 
 @triton.jit

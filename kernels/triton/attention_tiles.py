@@ -106,22 +106,27 @@ def program_of(n_blocks, heads, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def sequence_of(CuSeqlens, sequence, seqlen):
-    """(first row, length) of a sequence: row 0 and ``seqlen`` in a padded batch."""
+def sequence_of(CuSeqlens, sequence, batch, tokens, seqlen):
+    """(first row, how many rows there are, how many of them count) of a sequence.
+
+    In a packed batch the first ``seqlen`` count. The rows after its last sequence are one more, of
+    which none counts.
+    """
     if CuSeqlens is not None:
         first = tl.load(CuSeqlens + sequence)
-        return first, tl.load(CuSeqlens + sequence + 1) - first
+        last = tl.load(CuSeqlens + sequence + 1, mask=sequence < batch, other=tokens)
+        return first, last - first, tl.where(sequence < batch, tl.minimum(last - first, seqlen), 0)
     else:
-        return 0, seqlen
+        return 0, seqlen, seqlen
 
 
 @triton.jit
-def length_of(Lengths, sequence, seqlen):
-    """How many of a sequence's rows count."""
+def length_of(Lengths, sequence, length):
+    """How many of a sequence's rows count, of ``length``."""
     if Lengths is not None:
-        return tl.minimum(tl.load(Lengths + sequence), seqlen)
+        return tl.minimum(tl.load(Lengths + sequence), length)
     else:
-        return seqlen
+        return length
 
 
 @triton.jit
@@ -160,6 +165,17 @@ def store_tile(X, tile, start, stride, end, BLOCK: tl.constexpr, TILE: tl.conste
     row, column, offset = tile_offsets(start, stride, BLOCK, TILE)
     mask = (row < end) & (column < TILE.HEAD_DIM)
     tl.store(X + offset, tile.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_rows_after(X, start, n_blocks, stride, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Zero the rows past the longest length given, of which no tile has a program of its own.
+
+    The program of the tile at ``start`` zeroes every n_blocks-th tile after it.
+    """
+    zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], X.dtype.element_ty)
+    for i in tl.range(1, tl.cdiv(end - start, n_blocks * BLOCK)):
+        store_tile(X, zeros, start + i * n_blocks * BLOCK, stride, end, BLOCK, TILE)
 
 
 @triton.jit
@@ -247,10 +263,15 @@ def lowest(flags):
 
 @triton.jit
 def load_mask(pointers, exists):
-    """A tile of a mask: uint8, not 0 where a key may not be attended to, or fp32 (fp64) to add."""
+    """A tile of a mask: int1, true where a key may not be attended to, or fp32 (fp64) to add.
+
+    Triton sizes the operands of a product by the narrowest load that they come from, and with
+    dropout's tl.join behind a byte that is more than a tile 16 deep has (compiled up to 3.9: half of
+    an operand is not used). A maximum over one element computes nothing, and ends its search.
+    """
     mask = tl.load(pointers, mask=exists, other=0)
     if mask.dtype == tl.uint8:
-        return mask
+        return tl.max(tl.expand_dims((mask != 0).to(tl.int32), -1), -1) != 0
     else:
         return mask.to(sum_dtype(mask.dtype))
 
@@ -258,8 +279,8 @@ def load_mask(pointers, exists):
 @triton.jit
 def is_open(mask):
     """Whether a key may be attended to at all."""
-    if mask.dtype == tl.uint8:
-        return mask == 0
+    if mask.dtype == tl.int1:
+        return ~mask
     else:
         return mask != float("-inf")
 
@@ -267,8 +288,8 @@ def is_open(mask):
 @triton.jit
 def apply_mask(scores, mask):
     """Scores under a tile of a mask that broadcasts."""
-    if mask.dtype == tl.uint8:
-        return tl.where(mask == 0, scores, float("-inf"))
+    if mask.dtype == tl.int1:
+        return tl.where(mask, float("-inf"), scores)
     else:
         return scores + mask.to(scores.dtype)
 

@@ -572,6 +572,39 @@ def test_cumulative_lengths_of_any_stride() -> None:
     helpers.assert_same(helpers.results_of(found, inputs), helpers.results_of(expected, inputs))
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_packed_rows_that_do_not_count(
+    dtype: torch.dtype,
+    is_causal: bool,
+    whole: bool,
+    tiles: Callable[..., None],
+    launches: list[Launched],
+) -> None:
+    """Past the last sequence, and in a sequence past max_seqlen: not read, and written as zeros."""
+    tiles(16, 32 if whole else 16, whole)
+    longest, lengths, after = 21, [9, 75, 0, 40], 70  # more tiles than programs
+    counts = torch.cat([torch.arange(n) < longest for n in lengths] + [torch.zeros(after) > 0])
+    qkv = torch.randn(len(counts), 3, 2, 12, dtype=dtype)
+    grad_out = torch.randn(len(counts), 2, 12, dtype=dtype)
+    holes = ~counts[:, None, None]
+
+    def run(lengths: list[int], qkv: Tensor, grad_out: Tensor) -> helpers.Results:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        packed = {"cu_seqlens": cu_seqlens, "max_seqlen": longest, "is_causal": is_causal}
+        ours = partial(attention_packed, **packed, dropout_p=P, seed=seed_tensor())
+        return helpers.results_of(ours, {"qkv": qkv}, cotangents=[grad_out])
+
+    nans = qkv.masked_fill(holes[..., None], math.nan), grad_out.masked_fill(holes, math.nan)
+    found = run(lengths, *nans)
+    assert len(launches) == (2 if whole else 3)
+    expected = run([min(n, longest) for n in lengths], qkv[counts], grad_out[counts])
+    for name, x in found.items():
+        assert torch.equal(x[counts], expected[name]), name
+        assert (x[~counts] == 0).all(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_large_finite_masks(is_causal: bool, dtype: torch.dtype) -> None:
