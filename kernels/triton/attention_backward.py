@@ -338,9 +338,9 @@ def key_gradient_kernel(
     counts = n < end_n
     added = None
     if KeyMask is not None:
-        key_mask = load_mask(KeyMask + key_offset + n, counts)
+        key_mask = load_mask(KeyMask + key_offset + n, counts, BLOCK_M)
         counts &= is_open(key_mask)
-        if key_mask.dtype != tl.int1:
+        if key_mask.dtype != tl.uint8:
             added = key_mask.to(dtype)
     if dQ is not None:  # no other key may reach dQ
         added = tl.where(counts, 0.0 if added is None else added, float("-inf")).to(dtype)

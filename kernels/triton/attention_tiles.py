@@ -238,7 +238,7 @@ def block_flags(KeyMask, first_block, end, BLOCK_N: tl.constexpr):
     """Two words, a bit for each of FLAGS blocks: some key counts; all do, with nothing added."""
     block = tl.arange(0, FLAGS)
     n = ((first_block + block) * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-    mask = load_mask(KeyMask + n, n < end)
+    mask = load_mask(KeyMask + n, n < end, BLOCK_N)
     some = tl.max(((n < end) & is_open(mask)).to(tl.int32), 1)
     every = tl.min(((n < end) & (mask == 0)).to(tl.int32), 1)
     bit = tl.full([FLAGS], 1, tl.uint32) << block.to(tl.uint32)
@@ -262,25 +262,29 @@ def lowest(flags):
 
 
 @triton.jit
-def load_mask(pointers, exists):
-    """A tile of a mask: int1, true where a key may not be attended to, or fp32 (fp64) to add.
+def load_mask(pointers, exists, DEPTH: tl.constexpr):
+    """A tile of a mask: uint8, not 0 where a key may not be attended to, or fp32 (fp64) to add.
 
-    Triton sizes the operands of a product by the narrowest load that they come from, and with
-    dropout's tl.join behind a byte that is more than a tile 16 deep has (compiled up to 3.9: half of
-    an operand is not used). A maximum over one element computes nothing, and ends its search.
+    DEPTH: how many elements are summed by the product that probabilities under this mask enter.
+    Triton (up to 3.7.1) lays the operands of a product out by the narrowest load that they come
+    from. A byte, with the tl.join of dropout, asks for 32 elements in a row, and where a tile has 16
+    half of the operand is never used (mended by triton #10645 and #11691). The maximum over one
+    element computes nothing, and there the search for loads ends.
     """
     mask = tl.load(pointers, mask=exists, other=0)
-    if mask.dtype == tl.uint8:
-        return tl.max(tl.expand_dims((mask != 0).to(tl.int32), -1), -1) != 0
-    else:
+    if mask.dtype != tl.uint8:
         return mask.to(sum_dtype(mask.dtype))
+    elif DEPTH < 32:
+        return tl.max(tl.expand_dims(mask, -1), -1).to(tl.uint8)
+    else:
+        return mask
 
 
 @triton.jit
 def is_open(mask):
     """Whether a key may be attended to at all."""
-    if mask.dtype == tl.int1:
-        return ~mask
+    if mask.dtype == tl.uint8:
+        return mask == 0
     else:
         return mask != float("-inf")
 
@@ -288,8 +292,8 @@ def is_open(mask):
 @triton.jit
 def apply_mask(scores, mask):
     """Scores under a tile of a mask that broadcasts."""
-    if mask.dtype == tl.int1:
-        return tl.where(mask, float("-inf"), scores)
+    if mask.dtype == tl.uint8:
+        return tl.where(mask == 0, scores, float("-inf"))
     else:
         return scores + mask.to(scores.dtype)
 
@@ -308,7 +312,8 @@ def masked(scores, masks, start_m, start_n, ends, TILE: tl.constexpr):
     scores = masked_pairs(scores, masks, start_m, start_n, ends, TILE, False)
     n = start_n + tl.arange(0, TILE.BLOCK_N)[None, :]
     if KeyMask is not None:
-        scores = apply_mask(scores, load_mask(KeyMask + masks[1] + n, n < ends[1]))
+        key_mask = load_mask(KeyMask + masks[1] + n, n < ends[1], TILE.BLOCK_N)
+        scores = apply_mask(scores, key_mask)
     return tl.where(n < ends[1], scores, float("-inf"))
 
 
@@ -330,7 +335,8 @@ def masked_pairs(
         offset += start_m.to(tl.int64) * row_stride * UNIT + start_n * TILE.BIAS_STRIDE
         exists = (start_m + m < ends[0]) & (start_n + n < columns * UNIT)
         pointers = Bias + offset + (m * (row_stride * UNIT) + n * TILE.BIAS_STRIDE)
-        scores = apply_mask(scores, load_mask(pointers, exists))
+        DEPTH: tl.constexpr = TILE.BLOCK_M if TRANSPOSED else TILE.BLOCK_N
+        scores = apply_mask(scores, load_mask(pointers, exists, DEPTH))
     if TILE.IS_CAUSAL:
         scores = tl.where(start_n + n <= start_m + m, scores, float("-inf"))
     return scores
