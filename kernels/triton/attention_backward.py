@@ -23,7 +23,6 @@ from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
     bias_offset,
-    clear_rows_after,
     dropout_of,
     is_open,
     kept,
@@ -43,6 +42,7 @@ from fastattn.kernels.attention_tiles import (
     sequence_of,
     start_of,
     statistics_offset,
+    store_rows,
     store_tile,
     sum_dtype,
 )
@@ -100,8 +100,10 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
-    first_q, rows_q, end_m = sequence_of(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
-    first_k, _, end_n = sequence_of(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
+    place_q = CuSeqlensQ, sequence, batch, tokens_q, seqlen_q
+    place_k = CuSeqlensK, sequence, batch, tokens_k, seqlen_k
+    first_q, rows_q, end_m = sequence_of(place_q)
+    first_k, _, end_n = sequence_of(place_k)
     start_m = block * BLOCK_M
     if start_m >= rows_q:
         return
@@ -116,7 +118,6 @@ def query_gradient_kernel(
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
-    dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
@@ -163,9 +164,7 @@ def query_gradient_kernel(
         tl.store(Delta + row + m, delta, mask=m < rows_q)
         # Where row_scale is 1, P is 1 for one key and 0 for the others, and that sum is all of dS.
         dq *= tl.where(row_scale == 1, 0.0, row_scale)[:, None]
-    store_tile(dQ, dq, start_m, dq_strides[1], rows_q, BLOCK_M, TILE)
-    if CuSeqlensQ is not None:
-        clear_rows_after(dQ, start_m, query_blocks, dq_strides[1], rows_q, BLOCK_M, TILE)
+    store_rows(dQ, dq, dq_strides, start_m, query_blocks, head, place_q, BLOCK_M, TILE)
 
 
 @triton.jit
@@ -301,8 +300,10 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(key_blocks, heads, False)
-    first_q, rows_q, end_m = sequence_of(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
-    first_k, rows_k, end_n = sequence_of(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
+    place_q = CuSeqlensQ, sequence, batch, tokens_q, seqlen_q
+    place_k = CuSeqlensK, sequence, batch, tokens_k, seqlen_k
+    first_q, rows_q, end_m = sequence_of(place_q)
+    first_k, rows_k, end_n = sequence_of(place_k)
     start_n = block * BLOCK_N
     if dQ is None:
         if start_n >= rows_k:
@@ -314,8 +315,6 @@ def key_gradient_kernel(
     Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
-    dK = rows_of(dK, dk_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
-    dV = rows_of(dV, dv_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     if dQ is not None:
         dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
@@ -377,11 +376,8 @@ def key_gradient_kernel(
     if dQ is None:
         dk = tl.where(counts[:, None], dk, 0.0)
         dv = tl.where(counts[:, None], dv, 0.0)
-    store_tile(dK, dk, start_n, dk_strides[1], rows_k, BLOCK_N, TILE)
-    store_tile(dV, dv, start_n, dv_strides[1], rows_k, BLOCK_N, TILE)
-    if CuSeqlensK is not None:
-        clear_rows_after(dK, start_n, key_blocks, dk_strides[1], rows_k, BLOCK_N, TILE)
-        clear_rows_after(dV, start_n, key_blocks, dv_strides[1], rows_k, BLOCK_N, TILE)
+    store_rows(dK, dk, dk_strides, start_n, key_blocks, head, place_k, BLOCK_N, TILE)
+    store_rows(dV, dv, dv_strides, start_n, key_blocks, head, place_k, BLOCK_N, TILE)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
     bias_offset,
-    clear_rows_after,
     drop,
     dropout_of,
     exponential,
@@ -31,7 +30,7 @@ from fastattn.kernels.attention_tiles import (
     sequence_of,
     start_of,
     statistics_offset,
-    store_tile,
+    store_rows,
     sum_dtype,
 )
 
@@ -97,8 +96,10 @@ def forward_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
-    first_q, rows_q, end_m = sequence_of(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
-    first_k, _, end_n = sequence_of(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
+    place_q = CuSeqlensQ, sequence, batch, tokens_q, seqlen_q
+    place_k = CuSeqlensK, sequence, batch, tokens_k, seqlen_k
+    first_q, rows_q, end_m = sequence_of(place_q)
+    first_k, _, end_n = sequence_of(place_k)
     start_m = block * BLOCK_M
     if start_m >= rows_q:
         return
@@ -111,7 +112,6 @@ def forward_kernel(
     Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
-    Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
@@ -144,9 +144,7 @@ def forward_kernel(
     alive = (row_sum != 0) & (m < end_m)
     row_sum = tl.where(alive, row_sum, 1.0)
     out = tl.where(alive[:, None], acc * (tl.full([], keep_scale, dtype) / row_sum)[:, None], 0.0)
-    store_tile(Out, out, start_m, out_strides[1], rows_q, BLOCK_M, TILE)
-    if CuSeqlensQ is not None:
-        clear_rows_after(Out, start_m, query_blocks, out_strides[1], rows_q, BLOCK_M, TILE)
+    store_rows(Out, out, out_strides, start_m, query_blocks, head, place_q, BLOCK_M, TILE)
     shift = row_max
     if TILE.BASE_2:
         shift += tl.log2(row_sum)

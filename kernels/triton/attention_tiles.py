@@ -4,6 +4,8 @@ Positions m of queries and n of keys count from the start of a sequence, whether
 or packed. What several functions take travels in tuples:
 
     TILE     a Tile: what is known when a kernel is compiled
+    place    (CuSeqlens, sequence, batch, tokens, seqlen): a sequence, of how many; packed, of how
+             many rows in all, and how many of its own may count
     masks    (KeyMask, offset; Bias, offset, row stride, columns), for one sequence and head; the
              last two in BIAS_UNITs
     dropout  (seed, counter words 2 and 3, threshold) of one sequence and head, or None
@@ -106,12 +108,13 @@ def program_of(n_blocks, heads, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def sequence_of(CuSeqlens, sequence, batch, tokens, seqlen):
+def sequence_of(place):
     """(first row, how many rows there are, how many of them count) of a sequence.
 
     In a packed batch the first ``seqlen`` count. The rows after its last sequence are one more, of
     which none counts.
     """
+    CuSeqlens, sequence, batch, tokens, seqlen = place
     if CuSeqlens is not None:
         first = tl.load(CuSeqlens + sequence)
         last = tl.load(CuSeqlens + sequence + 1, mask=sequence < batch, other=tokens)
@@ -168,14 +171,21 @@ def store_tile(X, tile, start, stride, end, BLOCK: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def clear_rows_after(X, start, n_blocks, stride, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Zero the rows past the longest length given, of which no tile has a program of its own.
+def store_rows(
+    X, tile, strides, start, n_blocks, head, place, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Write a tile of a sequence and head to (B, S, H, D) or packed (T, H, D), as far as it goes.
 
-    The program of the tile at ``start`` zeroes every n_blocks-th tile after it.
+    Rows of a packed sequence past ``seqlen`` have no program of their own: this one zeroes every
+    n_blocks-th tile after its own. Where they are is found again, rather than kept in registers.
     """
-    zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], X.dtype.element_ty)
-    for i in tl.range(1, tl.cdiv(end - start, n_blocks * BLOCK)):
-        store_tile(X, zeros, start + i * n_blocks * BLOCK, stride, end, BLOCK, TILE)
+    first, rows, _ = sequence_of(place)
+    X = rows_of(X, strides, place[1], head, place[0], first, TILE.UNIT)
+    store_tile(X, tile, start, strides[1], rows, BLOCK, TILE)
+    if place[0] is not None:
+        zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], X.dtype.element_ty)
+        for i in tl.range(1, tl.cdiv(rows - start, n_blocks * BLOCK)):
+            store_tile(X, zeros, start + i * n_blocks * BLOCK, strides[1], rows, BLOCK, TILE)
 
 
 @triton.jit
@@ -267,8 +277,8 @@ def load_mask(pointers, exists, DEPTH: tl.constexpr):
 
     DEPTH: how many elements are summed by the product that probabilities under this mask enter.
     Triton (up to 3.7.1) lays the operands of a product out by the narrowest load that they come
-    from. A byte, with the tl.join of dropout, asks for 32 elements in a row, and where a tile has 16
-    half of the operand is never used (mended by triton #10645 and #11691). The maximum over one
+    from. A byte, with the tl.join of dropout, asks for 32 elements in a row; a tile with 16 then
+    never uses half of the operand (mended in triton #10645 and #11691). The maximum over one
     element computes nothing, and there the search for loads ends.
     """
     mask = tl.load(pointers, mask=exists, other=0)
