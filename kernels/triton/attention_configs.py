@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
+from torch.torch_version import TorchVersion
 
 if TYPE_CHECKING:
     from fastattn.kernels.attention import Launch
 
 
 SHORT = 64  # queries of a short forward pass: half a tile of the usual one
+
+#: Whether what an asynchronous copy has written is fenced before wgmma or tcgen05.mma reads it. These
+#: read shared memory through the async proxy, cp.async writes it through the generic one, and the
+#: memory model of PTX orders the two by fence.proxy.async alone. Triton emits it from 3.7.1 on
+#: (triton #9610 and #10537, for pytorch #181248).
+COPIES_ARE_FENCED = TorchVersion(triton.__version__) >= (3, 7, 1)
 
 
 class Config(NamedTuple):
@@ -53,7 +60,10 @@ def choose(kernel: str, launch: Launch) -> Config:
     if kernel == "forward" and launch.seqlen_q <= SHORT and "short forward" in entry:
         kernel = "short forward"
     plain, pairs = entry[kernel]
-    return pairs if _is_crowded(launch) and pairs is not None else plain
+    config = pairs if _is_crowded(launch) and pairs is not None else plain
+    if not COPIES_ARE_FENCED and capability(launch.device)[0] in (9, 10):
+        return config._replace(num_stages=1)  # no copies: threads write what they have loaded
+    return config
 
 
 def choose_whole_pass(launch: Launch) -> Config | None:
