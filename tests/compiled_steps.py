@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn import FusedEncoderLayer
-from fastattn.models import SequenceEncoder
-from fastattn.ops.attention import attention, attention_packed
+from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
 from fastattn.ops.feed_forward import feed_forward
@@ -41,7 +40,6 @@ def op_cases() -> dict[str, tuple[Callable, tuple[Tensor, ...]]]:
         )
 
     return {
-        "attention": (lambda x: attention(*x.unbind(2), **DROPS), qkv),
         "attention_packed": (lambda x: attention_packed(x, is_causal=True, **DROPS), qkv),
         "feed_forward": (lambda *x: feed_forward(*x, activation="gelu", **DROPS), block),
         "bias_activation_dropout": (
@@ -69,12 +67,9 @@ def op_cases() -> dict[str, tuple[Callable, tuple[Tensor, ...]]]:
 def module_cases() -> dict[str, tuple[torch.nn.Module, Callable]]:
     layer = FusedEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     dropping = FusedEncoderLayer(16, 2, 32, dropout=0.1, norm_first=True, activation="gelu")
-    encoder = SequenceEncoder(20, 16, 2, 32, 1, 0.0, max_len=8)
-    tokens = torch.randint(20, (5, 2))
     return {
         "FusedEncoderLayer": (layer, layer),
         "FusedEncoderLayer, dropping": (dropping, lambda x: dropping(x, seed=SEED)),
-        "SequenceEncoder": (encoder, lambda x: encoder(tokens) + x.sum()),
     }
 
 
