@@ -192,10 +192,10 @@ class NormKernels:
         """
         if residual.shape != input.shape:
             raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
-        vectors = {"input_bias": input_bias, "weight": norm.weight, "bias": norm.bias}
-        for name, vector in vectors.items():
-            if vector is not None and (vector.numel() != input.shape[-1] or not vector.is_cpu):
-                check_vector(name, vector, input)
+        columns, vectors = input.shape[-1], (input_bias, *norm[:2])
+        for name, x in zip(("input_bias", "weight", "bias"), vectors, strict=True):
+            if x is not None and (x.numel() != columns or not x.is_cpu):
+                check_vector(name, x, input)
         self._forward(
             input, input_bias, residual, TokenDropout(), input.dtype, norm=norm, out=input
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn import FusedEncoderLayer
+from fastattn import FusedEncoderLayer, extension
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
@@ -21,6 +21,7 @@ from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
 
 SEED = torch.tensor([5])
+NORMS = "cpu" if extension.available() else None
 DROPS = {"dropout_p": 0.25, "seed": SEED}
 
 
@@ -46,9 +47,9 @@ def op_cases() -> dict[str, tuple[Callable, tuple[Tensor, ...]]]:
             lambda x, b: bias_activation_dropout(x, b, **DROPS),
             (rows(), torch.randn(16)),
         ),
-        "layer_norm": (lambda x, w, b: layer_norm(x, w, b, backend="cpu"), norm[:1] + norm[2:4]),
+        "layer_norm": (lambda x, w, b: layer_norm(x, w, b, backend=NORMS), norm[:1] + norm[2:4]),
         "layer_norm, output": (
-            lambda x, w, b: layer_norm(x, w, b, save="output", backend="cpu"),
+            lambda x, w, b: layer_norm(x, w, b, save="output", backend=NORMS),
             norm[:1] + norm[2:4],
         ),
         "dropout_add": (
