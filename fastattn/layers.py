@@ -147,6 +147,7 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
         seed: Tensor | None = None,
     ) -> Tensor:
         """Encode ``src``.

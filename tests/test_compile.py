@@ -54,7 +54,7 @@ def test_a_compiled_step_with_its_backward_is_the_eager_one() -> None:
     )
     assert run.returncode == 0, run.stderr
     differences = json.loads(run.stdout)
-    assert len(differences) == 10
+    assert len(differences) == 11
     assert {name: size for name, size in differences.items() if size > 1e-6} == {}
 
 
