@@ -205,8 +205,9 @@ def test_onnx_by_the_traced_export(path, options, tmp_path) -> None:
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
-    layer, file = layer_of(**PATHS[path]).eval(), tmp_path / "layer.onnx"
-    layer = nn.Sequential(layer)  # the export passes its root all arguments by position
+    file = tmp_path / "layer.onnx"
+    # in a model: the export passes its root all arguments by position, keyword-only ones too
+    layer = nn.Sequential(layer_of(**PATHS[path])).eval()
     src = torch.randn(3, 5, 16)
     with torch.no_grad():
         torch.onnx.export(layer, (src,), file, dynamo=False, input_names=["x"], **options)
