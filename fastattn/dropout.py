@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import tracing
+
 #: Version 0 may still change its groupings; it is frozen once they have been timed on a GPU.
 CONTRACT_VERSION = 0
 
@@ -260,12 +262,13 @@ def draw_seed(device: torch.device) -> Tensor:
     It follows ``torch.manual_seed``, activation checkpointing and CUDA graphs, and stays on the
     device. Seeds in [0, 2**63) name decisions of the contract. On a CPU without the C++ extension
     the drawn seed is negative instead: its decisions come from torch's Mersenne Twister (see
-    :func:`twister_decisions`), an order of magnitude faster there than Philox in tensor operations.
+    :func:`twister_decisions`), an order of magnitude faster there than Philox in tensor operations;
+    but not what ``torch.jit.trace`` records, which always follows the contract.
     """
     from fastattn import extension
 
     seed = torch.randint(2**63 - 1, (1,), device=device)
-    if device.type == "cpu" and not extension.available():
+    if device.type == "cpu" and not extension.available() and not tracing.traced():
         return -1 - seed
     return seed
 

@@ -17,6 +17,7 @@ import torch  # before the extension: both then share one OpenMP thread pool
 from torch import Tensor
 
 from fastattn.dropout import CONTRACT_VERSION
+from fastattn.tracing import opaque
 
 #: The groupings of a token site: which eight elements share a Philox call.
 ACTIVATION, RESIDUAL = 0, 1
@@ -130,6 +131,7 @@ def loaded() -> ModuleType:
     return _extension
 
 
+@opaque
 def attention_factor(
     out: Tensor, kept: float, seed: int, site: int, threshold: int, head_offset: int = 0
 ) -> Tensor:
@@ -161,6 +163,7 @@ def attention_factor(
     return out
 
 
+@opaque
 def token_factor(
     out: Tensor,
     kept: float,
@@ -219,6 +222,7 @@ def runs_inference(*tensors: Tensor | None) -> bool:
     )
 
 
+@opaque
 def add_bias_relu_(x: Tensor, bias: Tensor | None) -> Tensor:
     """max(x + bias, 0) in place, in one pass.
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fastattn import extension, fallback
 from fastattn.dropout import threshold
+from fastattn.ops._library import check_vector, mismatch
 from fastattn.ops.arguments import NormArguments
 from fastattn.ops.dropout import TokenDropout
+from fastattn.tracing import opaque
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
@@ -183,12 +185,23 @@ class NormKernels:
         residual: Tensor,
         norm: NormArguments,
     ) -> Tensor:
-        """LN(residual + input + input_bias) in place of ``input``, contiguous, without a graph."""
+        """LN(residual + input + input_bias) in place of ``input``, contiguous, without a graph.
+
+        Raises:
+            ValueError: an argument does not fit; the message names it.
+        """
+        if residual.shape != input.shape:
+            raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
+        columns, vectors = input.shape[-1], (input_bias, *norm[:2])
+        for name, x in zip(("input_bias", "weight", "bias"), vectors, strict=True):
+            if x is not None and (x.numel() != columns or not x.is_cpu):
+                check_vector(name, x, input)
         self._forward(
             input, input_bias, residual, TokenDropout(), input.dtype, norm=norm, out=input
         )
         return input
 
+    @opaque
     def _forward(
         self,
         input: Tensor,
@@ -226,6 +239,7 @@ class NormKernels:
             input.shape[-1],
         )
 
+    @opaque
     def _backward(
         self,
         sum_dtype: torch.dtype,

@@ -698,5 +698,6 @@ def layer_norm_composite(
 ) -> Tensor:
     wide = accumulation_dtype(input.dtype)
     weight, bias = (None if x is None else x.to(wide) for x in (weight, bias))
-    out = F.layer_norm(input.to(wide), input.shape[-1:], weight, bias, arguments.eps)
+    shape = input.shape[-1:] if weight is None else weight.shape[-1:]  # known to an ONNX export
+    out = F.layer_norm(input.to(wide), shape, weight, bias, arguments.eps)
     return out.to(arguments.out_dtype)

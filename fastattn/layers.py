@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastattn import dispatch, dropout, fallback, masks, packing
+from fastattn import dispatch, dropout, fallback, masks, packing, tracing
 from fastattn.norms import FusedLayerNorm
-from fastattn.ops._library import autocast_dtype, check_save, transforms_active
+from fastattn.ops._library import autocast_dtype, check_save
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
@@ -560,10 +560,11 @@ def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
     parts = layer._modules
     return (
         type(src) is Tensor
+        and not (src.is_neg() or torch._is_functional_tensor(src))  # their memory is not they
         and layer.chunk_tokens is None
         and src.dtype in (torch.float32, torch.float64)
         and autocast_dtype(src) is None
-        and not transforms_active()
+        and not tracing.watched()
         and dispatch.has_no_gpu_kernels(src.device.type, _OPS)
         and not (_overrides(layer, "_sa_block") or _overrides(layer, "_ff_block"))
         and all(why_module(parts[name], *kinds) is None for name, kinds in _PARTS.items())

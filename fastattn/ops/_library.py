@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn import tracing
 from fastattn.dropout import check_seed, check_site
 
 _library = torch.library.Library("fastattn", "DEF")
@@ -36,6 +37,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Any:
 def _without_autocast(implementation: Callable) -> Callable:
     """An op's dtypes are settled in its public function; nothing inside may cast again."""
 
+    @tracing.opaque
     @functools.wraps(implementation)
     def wrapped(*arguments: Any) -> Any:
         for device in ("cpu", "cuda"):
@@ -47,6 +49,17 @@ def _without_autocast(implementation: Callable) -> Callable:
     return wrapped
 
 
+class Function(torch.autograd.Function):
+    """Its passes are traced where torch.compile traces a call of it, and else run as they are.
+
+    Entered on its own, a backward would be compiled as one whose result nobody differentiates.
+    """
+
+    def __init_subclass__(cls) -> None:
+        tracing.not_entered(cls.forward)
+        tracing.not_entered(cls.backward)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast wants matrix products of ``tensor`` in, None where it is off."""
     device = tensor.device.type
@@ -55,14 +68,12 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode AD is running."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether only plain differentiable PyTorch is right: torch.func, forward-mode AD, DTensors."""
-    if torch._C._are_functorch_transforms_active():  # the one question Dynamo understands
+    """Whether only plain differentiable PyTorch is right.
+
+    That is under torch.func, forward-mode AD and ``torch.jit.trace``, and for DTensors.
+    """
+    if torch._C._are_functorch_transforms_active() or tracing.traced():
         return True
     if any(type(x) not in _PLAIN and hasattr(x, "device_mesh") for x in tensors):
         return True
@@ -105,13 +116,13 @@ def twice_differentiable(
 
     For kernels of torch's own whose backward has no derivative.
     """
-    recorded = any(x is not None and x.requires_grad for x in inputs)
-    if not recorded or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if not recorded or torch.compiler.is_compiling() or tracing.traced():
         return fast(*inputs)
     return _TwiceDifferentiable.apply(fast, exact, *inputs)
 
 
-class _TwiceDifferentiable(torch.autograd.Function):
+class _TwiceDifferentiable(Function):
     @staticmethod
     def forward(ctx: Any, fast: Callable, exact: Callable, *inputs: Tensor | None) -> Tensor:
         ctx.fast, ctx.exact = fast, exact
@@ -204,7 +215,7 @@ def check_dropout(dropout_p: float, seed: Tensor | None, site: int, input: Tenso
         raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply(function: type[Function], *arguments: Any) -> Any:
     """``function.apply``, which Dynamo traces only if no tensor is among the arguments twice."""
     if torch.compiler.is_compiling():
         arguments = tuple(

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, fallback
+from fastattn import dispatch, fallback, tracing
 from fastattn.dropout import HEADS
 from fastattn.ops._library import (
+    Function,
     apply,
     autocast_dtype,
     check_dropout,
@@ -101,7 +102,7 @@ def attention(
     )
     arguments = _prepare("attention", query, key, value, arguments, backend)
     if needs_composite(query, key, value, key_padding_mask, attn_mask):
-        return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
+        return _composite(query, key, value, arguments)
     if _leaves_it_to_torch(arguments):
         return _by_torch(query, key, value, arguments)
     return apply(_Attention, query, key, value, *arguments)
@@ -159,7 +160,7 @@ def attention_packed(
     query, key, value = qkv.unbind(-3)
     arguments = _prepare("attention_packed", query, key, value, arguments, backend)
     if needs_composite(qkv, key_padding_mask, attn_mask):
-        return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
+        return _composite(query, key, value, arguments)
     if _leaves_it_to_torch(arguments):
         return _by_torch(query, key, value, arguments)
     return apply(_AttentionPacked, qkv, *arguments)
@@ -271,6 +272,13 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArg
         return fallback.attention_composite(*inputs, arguments)
 
     return twice_differentiable(fast, exact, query, key, value, *arguments[:2])
+
+
+def _composite(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
+    """In differentiable operations; a trace keeps torch's own SDPA where nothing drops."""
+    if tracing.traced() and not arguments.dropout.drops:
+        return fallback.attention_without_dropout(query, key, value, arguments)
+    return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
 
 
 def _leaves_it_to_torch(arguments: AttentionArguments) -> bool:
@@ -460,7 +468,7 @@ def _second_order(inputs: tuple[Tensor | None, ...], packed: bool, options: list
     return differentiable_gradients(composite, inputs, grad)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         out, statistics = _forward_op(query, key, value, *options)
@@ -478,7 +486,7 @@ class _Attention(torch.autograd.Function):
         return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)
 
 
-class _AttentionPacked(torch.autograd.Function):
+class _AttentionPacked(Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, *options: Any) -> Tensor:
         out, statistics = _packed_forward_op(qkv, *options)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn import dispatch, fallback
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
+    Function,
     apply,
     check_dropout,
     check_rows,
@@ -145,7 +146,7 @@ _backward_op = define(
 # ------------------------------------------------------------------------ autograd Function
 
 
-class _BiasActivationDropout(torch.autograd.Function):
+class _BiasActivationDropout(Function):
     @staticmethod
     def forward(ctx, input, bias, *options):
         remember(ctx, (input, bias), options)

@@ -6,12 +6,13 @@ Backends: ``cpu`` (the C++ extension) and ``pytorch`` (:mod:`fastattn.dropout`).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, dropout, extension
+from fastattn import dispatch, dropout, extension, tracing
 from fastattn.extension import ACTIVATION as ACTIVATION
 from fastattn.extension import RESIDUAL as RESIDUAL
 from fastattn.ops._library import TOKEN_DROPOUT, check_device, define, mismatch
@@ -33,6 +34,10 @@ class AttentionDropout(NamedTuple):
         """Tensor of ``shape`` to multiply by, None where nothing drops."""
         if not self.drops:
             return None
+        if tracing.traced():
+            decide = dropout.attention_decisions
+            decisions = decide(self.seed, self.site, self.dropout_p, shape, self.head_offset)
+            return decisions.to(dtype) * dropout.keep_scale(self.dropout_p)
         return _attention_op(*self, list(shape), dtype)
 
 
@@ -76,7 +81,10 @@ class TokenDropout(NamedTuple):
         """Tensor of ``like``'s shape to multiply by, None where nothing drops."""
         if not self.drops:
             return None
-        rows, columns = like.shape[:-1].numel(), like.shape[-1]
+        rows, columns = math.prod(like.shape[:-1]), like.shape[-1]
+        if tracing.traced():
+            decisions = _token_decisions(*self, grouping, rows, columns)
+            return (decisions.to(dtype) * self.scale).view(like.shape)
         return _token_op(*self, grouping, rows, columns, dtype).view(like.shape)
 
 
@@ -189,10 +197,28 @@ def _token_factor(
         )
         return out
     else:
-        decide = (dropout.activation_decisions, dropout.residual_decisions)[grouping]
-        rows_map = dropout.TokenRows(row_index, row_period, batch_first)
-        decisions = decide(seed, site, dropout_p, (rows, columns), rows_map, column_offset)
+        decisions = _token_decisions(
+            dropout_p, seed, site, row_index, row_period, batch_first, column_offset, grouping,
+            rows, columns,
+        )  # fmt: skip
     return _scaled(decisions, scale, dtype)
+
+
+def _token_decisions(
+    dropout_p: float,
+    seed: Tensor,
+    site: int,
+    row_index: Tensor | None,
+    row_period: int,
+    batch_first: bool,
+    column_offset: int,
+    grouping: int,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    decide = (dropout.activation_decisions, dropout.residual_decisions)[grouping]
+    rows_map = dropout.TokenRows(row_index, row_period, batch_first)
+    return decide(seed, site, dropout_p, (rows, columns), rows_map, column_offset)
 
 
 def _replays_twister(seed: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn import dispatch, fallback
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
+    Function,
     apply,
     check_device,
     check_dropout,
@@ -308,7 +309,7 @@ _dropout_add_backward_op = define(
 # ------------------------------------------------------------------------ autograd Function
 
 
-class _DropoutAddLayerNorm(torch.autograd.Function):
+class _DropoutAddLayerNorm(Function):
     """The sum is an output even if unused: so it links second derivatives to the inputs."""
 
     @staticmethod
@@ -389,7 +390,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return None, None, *wanted_only(gradients, wanted), *(None,) * len(options)
 
 
-class _DropoutAdd(torch.autograd.Function):
+class _DropoutAdd(Function):
     @staticmethod
     def forward(ctx, input, input_bias, residual, *options):
         remember(ctx, (), options)

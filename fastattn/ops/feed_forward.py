@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dispatch, fallback, tuning
+from fastattn import dispatch, fallback, tracing, tuning
 from fastattn.ops._library import (
     TOKEN_DROPOUT,
+    Function,
     apply,
     autocast_dtype,
     check_dropout,
@@ -110,12 +111,17 @@ def feed_forward(
         activation=activation,
     )
     is_plain = backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled()
-    if needs_composite(*tensors) or (is_plain and torch.compiler.is_compiling()):
+    if needs_composite(*tensors) or (is_plain and _followed()):
         return _composite(*tensors, activation, dropout, chunk_tokens or 0)
     options = (activation, *dropout, save, chunk_tokens or 0, backend)
     if is_plain:
         return _forward(*tensors, *options[:-3], "input", *options[-2:])[0]
     return apply(_FeedForward, *tensors, *options)
+
+
+def _followed() -> bool:
+    """Whether somebody would see the work in place of a call without an op."""
+    return torch.compiler.is_compiling() or tracing.watched()
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:
@@ -205,7 +211,7 @@ def _chunks(
     dropout: TokenDropout, tokens: int, chunk_tokens: int
 ) -> Iterator[tuple[slice, TokenDropout]]:
     """The rows of every chunk and their dropout; one chunk where 0 tokens are asked for."""
-    if not 0 < chunk_tokens < tokens:
+    if tracing.traced() or not 0 < chunk_tokens < tokens:  # a trace must fit other numbers of them
         yield slice(None), dropout
         return
     for first in range(0, tokens, chunk_tokens):
@@ -312,7 +318,7 @@ _backward_op = define(
 # ------------------------------------------------------------------------ autograd Function
 
 
-class _FeedForward(torch.autograd.Function):
+class _FeedForward(Function):
     @staticmethod
     def forward(ctx, input, weight1, bias1, weight2, bias2, *options):
         tensors = (input, weight1, bias1, weight2, bias2)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import dispatch, extension, extension_norms, fallback
 from fastattn.ops._library import (
+    Function,
     apply,
     check_floating,
     check_rows,
@@ -58,7 +59,8 @@ def layer_norm(
     plain = backend is None and out_dtype is None and save == "input"
     if plain and input.is_cpu and dispatch.leaves_to_pytorch("layer_norm", "cpu"):
         try:  # before all checks: they take a good part of the time of a call
-            return torch.layer_norm(input, input.shape[-1:], weight, bias, eps)
+            shape = input.shape[-1:] if weight is None else weight.shape[-1:]
+            return torch.layer_norm(input, shape, weight, bias, eps)
         except RuntimeError:
             pass  # what torch refuses either raises below, by name, or runs in another way
     check_norm(input, weight, bias, out_dtype)
@@ -219,7 +221,7 @@ _backward_op = define(
 # ------------------------------------------------------------------------ autograd Function
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, out_dtype, save, backend):
         out, mean, rstd = _forward_op(input, weight, bias, eps, out_dtype, backend)
