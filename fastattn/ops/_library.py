@@ -28,12 +28,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Any:
     name = schema[: schema.index("(")]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, _without_autocast(implementation), key)
+        _library.impl(name, without_autocast(implementation), key)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
     return getattr(torch.ops.fastattn, name).default
 
 
-def _without_autocast(implementation: Callable) -> Callable:
+def without_autocast(implementation: Callable) -> Callable:
     """An op's dtypes are settled in its public function; nothing inside may cast again."""
 
     @functools.wraps(implementation)
