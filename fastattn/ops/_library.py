@@ -178,6 +178,23 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
         raise mismatch(name, f"on {input.device}, as input is", tensor.device)
 
 
+def values_of(tensor: Tensor) -> list[Any] | None:
+    """The numbers of a small tensor; None where they are not known or reading them would cost.
+
+    That is on a GPU, where it waits for the device, and while anything traces or transforms.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    ):
+        return None
+    return tensor.tolist()
+
+
 def check_floating(name: str, dtype: torch.dtype | None) -> None:
     """Raise unless ``dtype``, of or for what ``name`` names, is None or floating point."""
     if dtype is not None and not dtype.is_floating_point:
