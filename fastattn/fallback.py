@@ -239,25 +239,21 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T scale + masks), a fresh (B, H, Sq, Sk), and its rows that are zero.
 
-    Those have no key left, or lie past ``query_lengths``. The halves are those of :func:`_bias`.
+    Those have no key left, or lie past ``query_lengths``.
     """
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     added, excluded = _mask_terms(arguments, seqlen_q, seqlen_k, q.device)
     wide = _sum_dtype_with(added, accumulation_dtype(q.dtype))
-    share = 1.0 if len(added) < 2 else 0.5
-    scores = ((q * arguments.scale) @ k.transpose(-1, -2)).to(wide)
-    if share != 1.0:
-        scores.mul_(share)
+    scores = (q.to(wide) * arguments.scale) @ k.to(wide).transpose(-1, -2)
     for x in added:
-        scores.add_(x, alpha=share)
+        scores.add_(x)
+    if len(added) == 2:  # as in _bias
+        scores.clamp_(min=torch.finfo(wide).min)
     for x in excluded:
         scores.masked_fill_(x, float("-inf"))
     dead = None
     if seqlen_k and (added or len(excluded) > arguments.is_causal):
-        largest = scores.amax(-1, keepdim=True)
-        dead = largest == float("-inf")
-        if share != 1.0:
-            scores.sub_(largest.masked_fill_(dead, 0)).mul_(1 / share)
+        dead = scores.amax(-1, keepdim=True) == float("-inf")
     dead = _or_past(dead, arguments.query_lengths, seqlen_q)
     probabilities = torch.softmax(scores, -1)
     if dead is not None:
@@ -268,11 +264,16 @@ def _probabilities(
 def _mask_terms(
     arguments: AttentionArguments, seqlen_q: int, seqlen_k: int, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Float masks, to add, and bool ones, True to exclude; they broadcast to (B, H, Sq, Sk)."""
+    """Float masks, to add, and bool ones, True to exclude; they broadcast to (B, H, Sq, Sk).
+
+    Of two float masks the infinite elements exclude too: their sum does not show which they were.
+    """
     padding, mask = arguments.key_padding_mask, arguments.attn_mask
     masks = [None if padding is None else padding[:, None, None, :], mask]
     added = [x for x in masks if x is not None and x.dtype != torch.bool]
     excluded = [x for x in masks if x is not None and x.dtype == torch.bool]
+    if len(added) == 2:
+        excluded += [x == float("-inf") for x in added]
     if arguments.key_lengths is not None:
         excluded.append(_past(arguments.key_lengths, seqlen_k)[:, None, None, :])
     if arguments.is_causal:
@@ -298,29 +299,24 @@ def _bias(
     So no row of a softmax is 0 / 0, whatever SDPA kernel computes it. The bias has a head
     dimension only where ``attn_mask`` has one.
 
-    Two masks may both hold the least finite number, whose sum is infinite. So their halves are
-    added, which cannot be, and only the distance to the largest of a row is doubled: there it makes
-    no difference whether a key is infinitely far away. A softmax does not depend on that largest.
+    A sum of two masks below the least number of ``dtype`` is that number, not infinite.
     """
     if not added and not excluded:
         return None, None
-    two = len(added) == 2
-    if two:
-        bias = added[0].to(dtype) * 0.5 + added[1].to(dtype) * 0.5
+    bias = None
+    if len(added) == 2:
+        halves = (x.to(dtype) * 0.5 for x in added)  # whose sum is in range
+        half = sum(x.masked_fill(x == float("-inf"), 0) for x in halves)
+        least = torch.finfo(dtype).min / 2
+        bias = (half + (half.clamp(min=least) - half).detach()) * 2  # gradients pass the clamp
     elif added:
         bias = added[0].to(dtype)
     if excluded:
         out = functools.reduce(torch.logical_or, excluded)
-        if added:
-            bias = torch.where(out, float("-inf"), bias)
-        else:
-            bias = torch.zeros_like(out, dtype=dtype).masked_fill(out, float("-inf"))
-    if bias.shape[-1] == 0:
-        return bias, torch.ones_like(bias.sum(-1, keepdim=True), dtype=torch.bool)
-    largest = bias.detach().amax(-1, keepdim=True)
-    dead = largest == float("-inf")
-    if two:
-        bias = (bias - largest.masked_fill(dead, 0)) * 2
+        if bias is None:
+            bias = torch.zeros_like(out, dtype=dtype)
+        bias = torch.where(out, float("-inf"), bias)
+    dead = (bias == float("-inf")).all(-1, keepdim=True)
     return bias.masked_fill(dead, 0), dead
 
 

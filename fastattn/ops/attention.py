@@ -17,6 +17,7 @@ from fastattn.dropout import HEADS
 from fastattn.ops._library import (
     apply,
     autocast_dtype,
+    check_device,
     check_dropout,
     check_floating,
     define,
@@ -241,13 +242,18 @@ def _check_packed(
     for name in ("key_padding_mask", "attn_mask", "key_lengths", "query_lengths"):
         if getattr(arguments, name) is not None:
             raise mismatch(name, "None where sequences are packed", "a tensor")
-    of_queries = ("_q", arguments.cu_seqlens_q, arguments.max_seqlen_q, query)
-    of_keys = ("_k", arguments.cu_seqlens_k, arguments.max_seqlen_k, key)
+    cu_q, cu_k = arguments.cu_seqlens_q, arguments.cu_seqlens_k
     if op == "attention_packed":
-        cases = (("", *of_queries[1:]),)
+        cases = (("", cu_q, arguments.max_seqlen_q, query),)
     else:
-        cases = (of_queries, of_keys)
-    return [_check_sequences(*case) for case in cases]
+        cases = (
+            ("_q", cu_q, arguments.max_seqlen_q, query),
+            ("_k", cu_k, arguments.max_seqlen_k, key),
+        )
+    lengths = [_check_sequences(*case) for case in cases]
+    if cu_q.shape != cu_k.shape:
+        raise mismatch("cu_seqlens_k", f"of cu_seqlens_q's shape {tuple(cu_q.shape)}", cu_k.shape)
+    return lengths
 
 
 def _check_sequences(
@@ -260,6 +266,7 @@ def _check_sequences(
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise mismatch(name, "(B + 1,) torch.int32", got)
+    check_device(name, cu_seqlens, rows)
     if longest < 0 or (longest == 0 and tokens > 0):
         raise mismatch(f"max_seqlen{suffix}", "the length of the longest sequence", longest)
     ends = values_of(cu_seqlens)
