@@ -341,7 +341,7 @@ def finite_mask_cases() -> dict[str, tuple[torch.dtype, Tensor | None, Tensor | 
         return torch.zeros(5, 5, dtype=dtype).masked_fill(torch.as_tensor(where), value)
 
     generator = torch.Generator().manual_seed(5)
-    digits = 100 * torch.randn(2, 5, generator=generator), 100 * torch.randn(5, 5)
+    digits, digits_of_pairs = (torch.randn(n, 5, generator=generator) for n in (2, 5))
     one_key = pairs(-INF, single, torch.arange(5) != 2)
     return {
         "fp16, all keys at -7e4": (half, None, pairs(-7e4, single), {}),
@@ -352,12 +352,12 @@ def finite_mask_cases() -> dict[str, tuple[torch.dtype, Tensor | None, Tensor | 
         "fp16, bf16 mask at -1e30": (half, padding(-1e30, low), None, {}),
         "bf16, the least fp32": (low, padding(least, single), None, {}),
         "bf16, the least fp32, causal": (low, padding(least, single), None, {"is_causal": True}),
-        "bf16, digits of fp32": (low, None, digits[1], {}),
-        "bf16, digits of fp16": (low, digits[0].half(), None, {}),
+        "bf16, digits of fp32": (low, None, 100 + digits_of_pairs, {}),
+        "bf16, digits of fp16": (low, (100 + digits).half(), None, {}),
         "fp16, a sum": (half, padding(-6e4, half), pairs(-6e4, half), {}),
         "fp16, a sum for some": (half, padding(-6e4, half, some), pairs(-6e4, half, triangle), {}),
         "bf16, a sum": (low, *(m(torch.finfo(low).min, low) for m in (padding, pairs)), {}),
-        "bf16, digits of a sum": (low, digits[0].to(low), digits[1].to(low), {}),
+        "bf16, digits of a sum": (low, digits.to(low), pairs(100, low), {}),
         "fp32, a sum": (single, padding(least, single), pairs(least, single), {}),
         "fp32, a sum, causal": (
             single, padding(least, single), pairs(least, single), {"is_causal": True},
