@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, extension
 from fastattn.masks import Masks
-from fastattn.ops._library import without_autocast
+from fastattn.ops._library import transforms_active, without_autocast
 from fastattn.ops.arguments import AttentionArguments, FeedForwardArguments, NormArguments
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
 from fastattn.packing import pack, unpack
@@ -140,10 +140,14 @@ def attention_backward(
     dV = (P M)^T dO, dP = M (dO V^T), dS = P (dP - rowsum(dP P)), dQ = scale dS K,
     dK = scale dS^T Q.
     """
-    of_queries, of_keys = _rows_of(arguments)
+    cu_q, cu_k = arguments.cu_seqlens_q, arguments.cu_seqlens_k
+    lengths_q, lengths_k = arguments.query_lengths, arguments.key_lengths
     padded, dense = _padded(query, key, value, arguments)
-    q, k, v = (_heads_first(x) for x in padded)
-    d_out = _heads_first(_padded_rows(grad_out, *of_queries))
+    if cu_q is not None:
+        d_out = unpack(grad_out, cu_q, arguments.max_seqlen_q)
+    else:
+        (d_out,) = _zero_past(lengths_q, grad_out)
+    q, k, v, d_out = (_heads_first(x) for x in (*padded, d_out))
     probabilities, _ = _probabilities(q, k, dense)
     factor = arguments.dropout.factor(probabilities.shape, probabilities.dtype)
     d_scores = (d_out @ v.transpose(-1, -2)).to(probabilities.dtype)  # dP before dropout
@@ -164,12 +168,15 @@ def attention_backward(
     d_scores = d_scores.to(q.dtype)
     d_query = (d_scores @ k).mul_(arguments.scale)
     d_key = (d_scores.transpose(-1, -2) @ q).mul_(arguments.scale)
-    for target, grad, (cu_seqlens, _, lengths) in zip(
-        gradients, (d_query, d_key, d_value), (of_queries, of_keys, of_keys), strict=True
-    ):
-        target.copy_(_as_given(grad.transpose(1, 2), cu_seqlens, target.shape[0]))
-        if lengths is not None:
-            target.masked_fill_(_past(lengths, target.shape[1])[..., None, None], 0)
+    d_query, d_key, d_value = (x.transpose(1, 2) for x in (d_query, d_key, d_value))
+    if cu_q is not None:
+        d_query = pack(d_query, cu_q, query.shape[0])
+        d_key, d_value = (pack(x, cu_k, key.shape[0]) for x in (d_key, d_value))
+    else:
+        (d_query,) = _zero_past(lengths_q, d_query)
+        d_key, d_value = _zero_past(lengths_k, d_key, d_value)
+    for target, gradient in zip(gradients, (d_query, d_key, d_value), strict=True):
+        target.copy_(gradient)
     return d_padding, d_mask
 
 
@@ -187,7 +194,7 @@ def attention_composite(
     padded, dense = _padded(query, key, value, arguments)
     q, k, v = (x.transpose(1, 2) for x in padded)
     added, excluded = _mask_terms(dense, q.shape[2], k.shape[2], q.device)
-    wide = _sum_dtype_with(added, accumulation_dtype(q.dtype))
+    wide = _sum_dtype(arguments, accumulation_dtype(q.dtype))
     bias, dead = _bias(added, excluded, wide)
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * arguments.scale
     if bias is not None:
@@ -203,7 +210,6 @@ def attention_composite(
     return _as_given(out.transpose(1, 2), arguments.cu_seqlens_q, query.shape[0])
 
 
-@without_autocast
 def attention_without_dropout(
     query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
 ) -> Tensor:
@@ -212,22 +218,20 @@ def attention_without_dropout(
     It takes a mask in the dtype of query. Where that does not hold every number of a float mask,
     everything is in the dtype that does: a finite number too large for 16 bits is no infinity.
     """
+    dtype = _sum_dtype(arguments, query.dtype)
+    if dtype != query.dtype:
+        wide = (x.to(dtype) for x in (query, key, value))
+        return without_autocast(attention_without_dropout)(*wide, arguments).to(query.dtype)
     padded, dense = _padded(query, key, value, arguments)
     q, k, v = (x.transpose(1, 2) for x in padded)
     masks = (dense.key_padding_mask, dense.attn_mask, dense.key_lengths)
     causal_only = dense.is_causal and all(mask is None for mask in masks)
     if causal_only:
         dense = dense._replace(is_causal=False)
-    added, excluded = _mask_terms(dense, q.shape[2], k.shape[2], q.device)
-    dtype = _sum_dtype_with(added, q.dtype)
-    bias, dead = _bias(added, excluded, dtype)
-    if dtype != q.dtype:
-        q, k, v = (x.to(dtype) for x in (q, k, v))
+    bias, dead = _bias(*_mask_terms(dense, q.shape[2], k.shape[2], q.device), dtype)
     out = F.scaled_dot_product_attention(
         q, k, v, bias, is_causal=causal_only, scale=arguments.scale
     )
-    if dtype != query.dtype:
-        out = out.to(query.dtype)
     dead = _or_past(dead, dense.query_lengths, q.shape[2])
     if dead is not None:
         out = out.masked_fill(dead, 0)
@@ -243,12 +247,13 @@ def _probabilities(
     """
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     added, excluded = _mask_terms(arguments, seqlen_q, seqlen_k, q.device)
-    wide = _sum_dtype_with(added, accumulation_dtype(q.dtype))
+    wide = _sum_dtype(arguments, accumulation_dtype(q.dtype))
     scores = (q.to(wide) * arguments.scale) @ k.to(wide).transpose(-1, -2)
     for x in added:
         scores.add_(x)
     if len(added) == 2:  # as in _bias
         scores.clamp_(min=torch.finfo(wide).min)
+        excluded += [x == float("-inf") for x in added]
     for x in excluded:
         scores.masked_fill_(x, float("-inf"))
     dead = None
@@ -264,16 +269,11 @@ def _probabilities(
 def _mask_terms(
     arguments: AttentionArguments, seqlen_q: int, seqlen_k: int, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Float masks, to add, and bool ones, True to exclude; they broadcast to (B, H, Sq, Sk).
-
-    Of two float masks the infinite elements exclude too: their sum does not show which they were.
-    """
+    """Float masks, to add, and bool ones, True to exclude; they broadcast to (B, H, Sq, Sk)."""
     padding, mask = arguments.key_padding_mask, arguments.attn_mask
     masks = [None if padding is None else padding[:, None, None, :], mask]
     added = [x for x in masks if x is not None and x.dtype != torch.bool]
     excluded = [x for x in masks if x is not None and x.dtype == torch.bool]
-    if len(added) == 2:
-        excluded += [x == float("-inf") for x in added]
     if arguments.key_lengths is not None:
         excluded.append(_past(arguments.key_lengths, seqlen_k)[:, None, None, :])
     if arguments.is_causal:
@@ -281,14 +281,16 @@ def _mask_terms(
     return added, excluded
 
 
-def _sum_dtype_with(added: list[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores in ``dtype`` with float masks added, that of two masks in fp32 or wider.
+def _sum_dtype(arguments: AttentionArguments, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores in ``dtype`` with float masks added; with two of them fp32 or wider.
 
     It holds every number of each: a finite mask must not become infinite.
     """
-    for mask in added:
-        dtype = torch.promote_types(dtype, mask.dtype)
-    return dtype if len(added) < 2 else accumulation_dtype(dtype)
+    count = 0
+    for mask in (arguments.key_padding_mask, arguments.attn_mask):
+        if mask is not None and mask.dtype != torch.bool:
+            dtype, count = torch.promote_types(dtype, mask.dtype), count + 1
+    return dtype if count < 2 else accumulation_dtype(dtype)
 
 
 def _bias(
@@ -298,26 +300,31 @@ def _bias(
 
     So no row of a softmax is 0 / 0, whatever SDPA kernel computes it. The bias has a head
     dimension only where ``attn_mask`` has one.
-
-    A sum of two masks below the least number of ``dtype`` is that number, not infinite.
     """
     if not added and not excluded:
         return None, None
-    bias = None
-    if len(added) == 2:
-        halves = (x.to(dtype) * 0.5 for x in added)  # whose sum is in range
-        half = sum(x.masked_fill(x == float("-inf"), 0) for x in halves)
-        least = torch.finfo(dtype).min / 2
-        bias = (half + (half.clamp(min=least) - half).detach()) * 2  # gradients pass the clamp
-    elif added:
-        bias = added[0].to(dtype)
-    if excluded:
-        out = functools.reduce(torch.logical_or, excluded)
-        if bias is None:
-            bias = torch.zeros_like(out, dtype=dtype)
-        bias = torch.where(out, float("-inf"), bias)
-    dead = (bias == float("-inf")).all(-1, keepdim=True)
-    return bias.masked_fill(dead, 0), dead
+    out = functools.reduce(torch.logical_or, excluded + [x == float("-inf") for x in added])
+    dead = out.all(-1, keepdim=True)
+    fill = torch.zeros_like(dead, dtype=dtype).masked_fill(~dead, float("-inf"))
+    if not added:
+        bias = torch.zeros((), dtype=dtype, device=out.device)
+    else:
+        bias = added[0].to(dtype) if len(added) == 1 else _sum_of(*added, dtype)
+    return torch.where(out, fill, bias), dead
+
+
+def _sum_of(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two masks added, at least the least number of ``dtype``; gradients pass that bound.
+
+    So two masks that both hold it exclude no key; elements where one is -inf do not matter.
+    """
+    total = first.to(dtype) + second.to(dtype)
+    bounded = total.detach().clamp(min=torch.finfo(dtype).min)
+    if not (total.requires_grad or transforms_active()):
+        return bounded
+    halves = (x.masked_fill(x == float("-inf"), 0).to(dtype) * 0.5 for x in (first, second))
+    half = sum(halves)  # is finite where the total is not
+    return bounded + (half - half.detach()) * 2
 
 
 def _or_past(dead: Tensor | None, query_lengths: Tensor | None, seqlen_q: int) -> Tensor | None:
@@ -346,44 +353,33 @@ def like_query(query: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
-#: Where rows end: (cu_seqlens, max_seqlen, lengths) of queries, or of keys and values.
-_Rows = tuple[Tensor | None, int, Tensor | None]
-
-
-def _rows_of(arguments: AttentionArguments) -> tuple[_Rows, _Rows]:
-    return (
-        (arguments.cu_seqlens_q, arguments.max_seqlen_q, arguments.query_lengths),
-        (arguments.cu_seqlens_k, arguments.max_seqlen_k, arguments.key_lengths),
-    )
-
-
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
 ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionArguments]:
-    """(B, S, H, D) each, packed or not, and the arguments for them."""
-    of_queries, of_keys = _rows_of(arguments)
-    rows = ((query, of_queries), (key, of_keys), (value, of_keys))
-    padded = tuple(_padded_rows(x, *where) for x, where in rows)
-    cu_k = arguments.cu_seqlens_k
-    if cu_k is not None:
-        arguments = arguments._replace(
-            cu_seqlens_q=None, cu_seqlens_k=None, key_lengths=cu_k.diff()
-        )
-    return padded, arguments
+    """(B, S, H, D) each, packed or not, zero in rows that are ignored; and their arguments.
 
-
-def _padded_rows(
-    x: Tensor, cu_seqlens: Tensor | None, longest: int, lengths: Tensor | None
-) -> Tensor:
-    """(B, S, H, D), zero in every row that is ignored: what stands there may be NaN.
-
-    Its probability is zero, but 0 times NaN is NaN.
+    Those rows may hold anything: their probability is zero, but 0 times NaN is NaN.
     """
-    if cu_seqlens is not None:
-        return unpack(x, cu_seqlens, longest)
-    if lengths is not None:
-        return x.masked_fill(_past(lengths, x.shape[1])[..., None, None], 0)
-    return x
+    cu_q, cu_k = arguments.cu_seqlens_q, arguments.cu_seqlens_k
+    if cu_q is None:
+        (query,) = _zero_past(arguments.query_lengths, query)
+        key, value = _zero_past(arguments.key_lengths, key, value)
+        return (query, key, value), arguments
+    padded = (
+        unpack(query, cu_q, arguments.max_seqlen_q),
+        unpack(key, cu_k, arguments.max_seqlen_k),
+        unpack(value, cu_k, arguments.max_seqlen_k),
+    )
+    dense = arguments._replace(cu_seqlens_q=None, cu_seqlens_k=None, key_lengths=cu_k.diff())
+    return padded, dense
+
+
+def _zero_past(lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, S, H, D) each, zero from each sequence's end on."""
+    if lengths is None:
+        return tensors
+    past = _past(lengths, tensors[0].shape[1])[..., None, None]
+    return tuple(torch.where(past, 0.0, x) for x in tensors)
 
 
 def _as_given(padded: Tensor, cu_seqlens: Tensor | None, tokens: int) -> Tensor:
