@@ -218,20 +218,19 @@ def attention_without_dropout(
     It takes a mask in the dtype of query. Where that does not hold every number of a float mask,
     everything is in the dtype that does: a finite number too large for 16 bits is no infinity.
     """
+    if all(x is None for x in arguments[:5]):  # no mask, no lengths, not packed
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        is_causal, scale = arguments.is_causal, arguments.scale
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+        return out.transpose(1, 2)
     dtype = _sum_dtype(arguments, query.dtype)
     if dtype != query.dtype:
         wide = (x.to(dtype) for x in (query, key, value))
         return without_autocast(attention_without_dropout)(*wide, arguments).to(query.dtype)
     padded, dense = _padded(query, key, value, arguments)
     q, k, v = (x.transpose(1, 2) for x in padded)
-    masks = (dense.key_padding_mask, dense.attn_mask, dense.key_lengths)
-    causal_only = dense.is_causal and all(mask is None for mask in masks)
-    if causal_only:
-        dense = dense._replace(is_causal=False)
     bias, dead = _bias(*_mask_terms(dense, q.shape[2], k.shape[2], q.device), dtype)
-    out = F.scaled_dot_product_attention(
-        q, k, v, bias, is_causal=causal_only, scale=arguments.scale
-    )
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=arguments.scale)
     dead = _or_past(dead, dense.query_lengths, q.shape[2])
     if dead is not None:
         out = out.masked_fill(dead, 0)
@@ -248,17 +247,12 @@ def _probabilities(
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     added, excluded = _mask_terms(arguments, seqlen_q, seqlen_k, q.device)
     wide = _sum_dtype(arguments, accumulation_dtype(q.dtype))
+    bias, dead = _bias(added, excluded, wide)
+    if not added and len(excluded) == arguments.is_causal:
+        dead = None  # a causal mask alone leaves a key to every row
     scores = (q.to(wide) * arguments.scale) @ k.to(wide).transpose(-1, -2)
-    for x in added:
-        scores.add_(x)
-    if len(added) == 2:  # as in _bias
-        scores.clamp_(min=torch.finfo(wide).min)
-        excluded += [x == float("-inf") for x in added]
-    for x in excluded:
-        scores.masked_fill_(x, float("-inf"))
-    dead = None
-    if seqlen_k and (added or len(excluded) > arguments.is_causal):
-        dead = scores.amax(-1, keepdim=True) == float("-inf")
+    if bias is not None:
+        scores.add_(bias)
     dead = _or_past(dead, arguments.query_lengths, seqlen_q)
     probabilities = torch.softmax(scores, -1)
     if dead is not None:
@@ -298,18 +292,21 @@ def _bias(
 ) -> tuple[Tensor | None, Tensor | None]:
     """One additive bias, and the rows (…, Sq, 1) that have no key left, in which it is zero.
 
-    So no row of a softmax is 0 / 0, whatever SDPA kernel computes it. The bias has a head
-    dimension only where ``attn_mask`` has one.
+    So no row of a softmax is 0 / 0, whatever kernel computes it. The bias has a head dimension only
+    where ``attn_mask`` has one.
     """
     if not added and not excluded:
         return None, None
+    if len(added) == 1 and not excluded:
+        bias = added[0].to(dtype)
+        dead = (bias == float("-inf")).all(-1, keepdim=True)
+        return bias.masked_fill(dead, 0), dead
     out = functools.reduce(torch.logical_or, excluded + [x == float("-inf") for x in added])
     dead = out.all(-1, keepdim=True)
-    fill = torch.zeros_like(dead, dtype=dtype).masked_fill(~dead, float("-inf"))
+    fill = torch.where(dead, 0.0, float("-inf")).to(dtype)
     if not added:
-        bias = torch.zeros((), dtype=dtype, device=out.device)
-    else:
-        bias = added[0].to(dtype) if len(added) == 1 else _sum_of(*added, dtype)
+        return torch.where(out, fill, 0.0), dead
+    bias = added[0].to(dtype) if len(added) == 1 else _sum_of(*added, dtype)
     return torch.where(out, fill, bias), dead
 
 
@@ -319,11 +316,11 @@ def _sum_of(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     So two masks that both hold it exclude no key; elements where one is -inf do not matter.
     """
     total = first.to(dtype) + second.to(dtype)
-    bounded = total.detach().clamp(min=torch.finfo(dtype).min)
+    bounded = total.detach().clamp_(min=torch.finfo(dtype).min)
     if not (total.requires_grad or transforms_active()):
         return bounded
-    halves = (x.masked_fill(x == float("-inf"), 0).to(dtype) * 0.5 for x in (first, second))
-    half = sum(halves)  # is finite where the total is not
+    a, b = (x.masked_fill(x == float("-inf"), 0).to(dtype) * 0.5 for x in (first, second))
+    half = a + b  # finite where the total is not
     return bounded + (half - half.detach()) * 2
 
 
