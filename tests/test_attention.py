@@ -277,7 +277,12 @@ def test_scores_are_not_in_16_bits(dtype: torch.dtype, factor: float, dropout_p:
     """Rounded so, a score of 30 is 0.1 off; and one of 1e5 is no number of fp16."""
     inputs = make_inputs(head_dim=64, dtype=dtype)
     inputs["query"] *= factor
-    check(inputs, dropout_p)
+    path = "explicit" if dropout_p else "sdpa"
+    multiplier = factor_of(path, (2, 3, 63, 63))
+    keep = None if multiplier is None else multiplier != 0
+    eager = partial(eager_attention, dropout_p=dropout_p, keep=keep)
+    oracle = partial(reference.attention, multiplier=multiplier)
+    helpers.assert_as_accurate_as_eager(by_path(path), eager, oracle, inputs)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
@@ -563,7 +568,7 @@ def test_rows_past_the_last_sequence_are_zero_and_reach_nothing(
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 def test_garbage_after_packed_tokens_does_not_reach_the_projection(dropout_p: float) -> None:
     x, weight = torch.randn(6, 8), torch.randn(24, 8, requires_grad=True)
-    options = {"cu_seqlens": torch.tensor([0, 2, 4]).int(), "max_seqlen": 2}
+    options = {"cu_seqlens": torch.tensor([0, 2, 4]).int(), "max_seqlen": 2, "backend": "pytorch"}
     qkv = F.linear(x, weight)
     qkv.register_hook(lambda grad: gradients.append(grad))
     gradients: list[Tensor] = []
@@ -584,6 +589,7 @@ def test_rows_past_max_seqlen_are_zero_where_lengths_are_not_read(
 ) -> None:
     cu_seqlens = torch.tensor([0, 5, 7, 7], dtype=torch.int32)
     options = {"cu_seqlens": cu_seqlens, "dropout_p": dropout_p, "seed": seed_tensor()}
+    options["backend"] = "pytorch"
     inside = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
 
     def ours(qkv: Tensor) -> Tensor:
@@ -613,7 +619,7 @@ def test_lengths_are_not_read_by_tracers() -> None:
     qkv = torch.randn(5, 3, 2, 8)
 
     def ours(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return attention_packed(qkv, cu_seqlens=cu_seqlens, max_seqlen=3)
+        return attention_packed(qkv, cu_seqlens=cu_seqlens, max_seqlen=3, backend="pytorch")
 
     expected = ours(qkv, cu_seqlens)
     for mode in ("real", "fake", "symbolic"):
@@ -1087,7 +1093,7 @@ def test_wrong_sequences_are_named(case: str, dropout_p: float) -> None:
     arguments, name = WRONG_SEQUENCES[case]
     right = dict(cu_seqlens_q=ONE, cu_seqlens_k=ONE, max_seqlen_q=5, max_seqlen_k=5)
     tokens = torch.zeros(5, 2, 8)
-    options = {"dropout_p": dropout_p, "seed": seed_tensor()}
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "backend": "pytorch"}
     with pytest.raises(ValueError, match=rf"^{name} must be"):
         attention(tokens, tokens, tokens, **{**right, **arguments}, **options)
 
@@ -1104,7 +1110,7 @@ WRONG_PACKED_ARGUMENTS = {
     "cu_seqlens, end": (dict(cu_seqlens=sequences(0, 6)), "cu_seqlens must"),
     "cu_seqlens, falls": (dict(cu_seqlens=sequences(0, 3, 1, 5)), "cu_seqlens must"),
     "max_seqlen": (dict(max_seqlen=0), "max_seqlen must"),
-    "max_seqlen, too small": (dict(max_seqlen=4), "max_seqlen must"),
+    "max_seqlen, too small": (dict(max_seqlen=4, backend="pytorch"), "max_seqlen must"),
     "mask": (dict(attn_mask=torch.zeros(5, 5)), "attn_mask"),
     "lengths": (dict(key_lengths=torch.tensor([5]).int()), "key_lengths"),
 }
