@@ -59,7 +59,7 @@ class Backend:
 
 _registry: dict[str, dict[str, Backend]] = {op: {} for op in BACKENDS}
 _requested: dict[str, str] = {}
-_always: dict[tuple[str, str], str | None] = {}
+_always: dict[tuple[Any, ...], str | None] = {}
 _record: list[Choice] | None = None
 
 
@@ -157,7 +157,7 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
         taken = _unconditional(op, tensor.device.type)
         if taken is not None:
             return taken
-    taken = _select(op, tensor, backend, **facts)
+    taken = _select(op, tensor.device, backend, **facts)
     if _record is not None:
         better = BACKENDS[op][: BACKENDS[op].index(taken)]
         reasons = {n: _why_passed_over(op, n, taken, tensor.device, facts) for n in better}
@@ -176,9 +176,17 @@ def _why_passed_over(
     return reason or f"{taken} was asked for"
 
 
-def leaves_to_pytorch(op: str, device: str) -> bool:
-    """Whether every call of ``op`` on ``device`` takes the ``pytorch`` backend, and nobody asks."""
-    return _record is None and not _requested and _unconditional(op, device) == "pytorch"
+def leaves_to_pytorch(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether ``op`` on ``device``, all in ``dtype``, takes ``pytorch``, and nobody asks.
+
+    For an op whose reasons depend on the device and on ``dtypes`` only.
+    """
+    if _record is not None or _requested:
+        return False
+    key = op, device, dtype
+    if key not in _always:
+        _always[key] = _select(op, torch.device(device), dtypes=(dtype,))
+    return _always[key] == "pytorch"
 
 
 def has_no_gpu_kernels(device: str, ops: Iterable[str]) -> bool:
@@ -204,17 +212,17 @@ def _unconditional(op: str, device: str) -> str | None:
     return _always[op, device]
 
 
-def _select(op: str, tensor: Tensor, backend: str | None, **facts: Any) -> str:
+def _select(op: str, device: torch.device, backend: str | None = None, **facts: Any) -> str:
     asked = backend if backend is not None else _requested.get(op)
     if asked is None:
         return next(
             name
             for name, entry in _registry[op].items()
-            if why_not(op, name, tensor.device, **facts) is None
-            and entry.why_unasked(tensor.device, **facts) is None
+            if why_not(op, name, device, **facts) is None
+            and entry.why_unasked(device, **facts) is None
         )
     _known(op, asked)
-    reason = why_not(op, asked, tensor.device, **facts)
+    reason = why_not(op, asked, device, **facts)
     if reason is not None:
         raise RuntimeError(f"backend={asked!r} cannot run {op}: {reason}")
     return asked

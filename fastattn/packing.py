@@ -20,8 +20,17 @@ def unpack(tokens: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def pack(padded: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """(B, length, ...) as packed tokens (total, ...), the inverse of :func:`unpack`."""
-    return padded[_coordinates(cu_seqlens, total)]
+    """(B, length, ...) as packed tokens (total, ...), the inverse of :func:`unpack`.
+
+    Tokens past the last sequence, or past ``length`` in theirs, are zero.
+    """
+    batch, length = padded.shape[:2]
+    if batch == 0 or length == 0:
+        return torch.cat((padded.flatten(0, 1), padded.new_zeros(total, *padded.shape[2:])))
+    sequence, position = _coordinates(cu_seqlens, total)
+    outside = (sequence >= batch) | (position >= length)
+    tokens = padded[sequence.clamp(max=batch - 1), position.clamp(max=length - 1)]
+    return tokens.masked_fill_(outside.view(-1, *[1] * (padded.dim() - 2)), 0)
 
 
 def row_index(cu_seqlens: Tensor, total: int, period: int) -> Tensor:

@@ -271,6 +271,21 @@ def test_huge_logits(dropout_p: float) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("factor", [3, 10, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_are_not_in_16_bits(dtype: torch.dtype, factor: float, dropout_p: float) -> None:
+    """Rounded so, a score of 30 is 0.1 off; and one of 1e5 is no number of fp16."""
+    inputs = make_inputs(head_dim=64, dtype=dtype)
+    inputs["query"] *= factor
+    path = "explicit" if dropout_p else "sdpa"
+    multiplier = factor_of(path, (2, 3, 63, 63))
+    keep = None if multiplier is None else multiplier != 0
+    eager = partial(eager_attention, dropout_p=dropout_p, keep=keep)
+    oracle = partial(reference.attention, multiplier=multiplier)
+    helpers.assert_as_accurate_as_eager(by_path(path), eager, oracle, inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_nan_is_not_hidden(name: str, dropout_p: float) -> None:
     inputs = make_inputs()
@@ -279,6 +294,148 @@ def test_nan_is_not_hidden(name: str, dropout_p: float) -> None:
         out = attention(**{**inputs, **masks}, dropout_p=dropout_p, seed=seed_tensor())
         assert out[0].isfinite().all()
         assert out[1].isnan().any(-1).all(-1)[4 if name == "query" else slice(None)].all()
+
+
+# ------------------------------------------------------- what a mask may hold, in whatever dtype
+
+#: The three ways in which the pytorch backend computes: torch's SDPA, explicit probabilities, and
+#: the differentiable composite.
+PATHS = ("sdpa", "explicit", "composite", "composite, drops")
+
+
+def by_path(path: str, **constants: Any) -> Callable[..., Tensor]:
+    """``attention`` with ``constants``, computed in one of the PATHS."""
+    dropout_p = P if path in ("explicit", "composite, drops") else 0.0
+    ours = partial(
+        attention,
+        dropout_p=dropout_p,
+        seed=seed_tensor(),
+        site=SITE,
+        backend="pytorch",
+        **constants,
+    )
+    return in_composite(ours) if path.startswith("composite") else ours
+
+
+def in_composite(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same while some transform of torch.func is active."""
+
+    def run(**inputs: Tensor | None) -> Tensor:
+        return torch.vmap(lambda _: function(**inputs))(torch.zeros(1))[0]
+
+    return run
+
+
+def factor_of(path: str, shape: tuple[int, ...]) -> Tensor | None:
+    if path in ("sdpa", "composite"):
+        return None
+    return reference.factor(reference.attention_keep(SEED, SITE, P, shape), P)
+
+
+def finite_mask_cases() -> dict[str, tuple[torch.dtype, Tensor | None, Tensor | None, dict]]:
+    """(dtype of query, key padding mask, mask, constants): numbers, or sums, beyond that dtype."""
+    half, low, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    least = torch.finfo(single).min
+    some = torch.arange(5) >= torch.tensor([[5], [3]])
+    triangle = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+    def padding(value: float, dtype: torch.dtype, where: Tensor | bool = True) -> Tensor:
+        return torch.zeros(2, 5, dtype=dtype).masked_fill(torch.as_tensor(where), value)
+
+    def pairs(value: float, dtype: torch.dtype, where: Tensor | bool = True) -> Tensor:
+        return torch.zeros(5, 5, dtype=dtype).masked_fill(torch.as_tensor(where), value)
+
+    generator = torch.Generator().manual_seed(5)
+    digits, digits_of_pairs = (torch.randn(n, 5, generator=generator) for n in (2, 5))
+    one_key = pairs(-INF, single, torch.arange(5) != 2)
+    return {
+        "fp16, all keys at -7e4": (half, None, pairs(-7e4, single), {}),
+        "fp16, padding at -7e4": (half, padding(-7e4, single), None, {}),
+        "fp16, some keys at -7e4": (half, padding(-7e4, single, some), None, {}),
+        "fp16, -7e4 or -inf": (half, None, pairs(-7e4, single).masked_fill(triangle, -INF), {}),
+        "fp16, one key at 1e5": (half, None, pairs(1e5, single, torch.arange(5) == 2), {}),
+        "fp16, bf16 mask at -1e30": (half, padding(-1e30, low), None, {}),
+        "bf16, the least fp32": (low, padding(least, single), None, {}),
+        "bf16, the least fp32, causal": (low, padding(least, single), None, {"is_causal": True}),
+        "bf16, digits of fp32": (low, None, 100 + digits_of_pairs, {}),
+        "bf16, digits of fp16": (low, (100 + digits).half(), None, {}),
+        "fp16, a sum": (half, padding(-6e4, half), pairs(-6e4, half), {}),
+        "fp16, a sum for some": (half, padding(-6e4, half, some), pairs(-6e4, half, triangle), {}),
+        "bf16, a sum": (low, *(m(torch.finfo(low).min, low) for m in (padding, pairs)), {}),
+        "bf16, digits of a sum": (low, digits.to(low), pairs(100, low), {}),
+        "fp32, a sum": (single, padding(least, single), pairs(least, single), {}),
+        "fp32, a sum, causal": (
+            single, padding(least, single), pairs(least, single), {"is_causal": True},
+        ),
+        "fp32, a sum where keys are left": (
+            single, padding(least, single, torch.arange(5) != 2),
+            one_key.masked_fill(one_key == 0, least), {},
+        ),
+        "fp32, a sum and fp16": (single, padding(-6e4, half), pairs(least, single), {}),
+        "fp32, fp64 mask": (single, None, pairs(-1e300, double), {}),
+        "fp64, a sum": (double, padding(-1.7e308, double), pairs(-1.7e308, double), {}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", finite_mask_cases())
+def test_a_finite_mask_is_never_infinite(case: str, path: str) -> None:
+    """Rows whose keys are all far down attend to them by what float64 has of their differences."""
+    dtype, padding, mask, constants = finite_mask_cases()[case]
+    inputs = make_inputs(2, 5, 5, 2, 8, dtype)
+    inputs.update(key_padding_mask=padding, attn_mask=mask)
+    found = helpers.results_of(by_path(path, **constants), inputs)
+    cotangents = helpers.cotangents_of((found["output 0"],))
+    factor = factor_of(path, (2, 2, 5, 5))
+    if case == "fp64, a sum":  # which the oracle has no number for either
+        inputs["attn_mask"] = torch.zeros_like(mask)
+    oracle = partial(reference.attention, multiplier=factor, **constants)
+    exact = helpers.results_of(oracle, inputs, torch.float64, cotangents)
+    assert factor is not None or (found["output 0"] != 0).any(-1).all()
+    for name, x in exact.items():
+        eps = max(torch.finfo(t).eps for t in (dtype, found[name].dtype))
+        error = (found[name] - x).abs().max()
+        assert error <= 8 * eps * x.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_infinity_excludes_in_sums_too(dtype: torch.dtype, path: str) -> None:
+    """Row 0 has no key left for either mask, row 1 none for both together, row 2 one."""
+    least = torch.finfo(dtype).min
+    mask = torch.full((3, 4), least, dtype=dtype)
+    mask[0] = -INF
+    mask[1, :2] = -INF
+    padding = torch.tensor([[least, -INF, -INF, -INF]], dtype=dtype)
+    inputs = {**make_inputs(1, 3, 4, 2, 8, dtype), "key_padding_mask": padding, "attn_mask": mask}
+    inputs["attn_mask"][1, 0] = -INF
+    results = helpers.results_of(by_path(path), inputs)
+    kept = torch.ones(1, 2, 3, 4, dtype=torch.float64) if path in ("sdpa", "composite") else None
+    kept = factor_of(path, (1, 2, 3, 4)) if kept is None else kept
+    expected = inputs["value"][:, :1].transpose(1, 2) * kept[:, :, 2:, :1]
+    torch.testing.assert_close(
+        results["output 0"][:, 2], expected[:, :, 0].to(dtype), rtol=1e-3, atol=1e-3
+    )
+    assert (results["output 0"][:, :2] == 0).all()
+    assert (results["gradient of query"][:, :2] == 0).all()
+    assert all(x.isfinite().all() for x in results.values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_mask_wider_than_autocast(path: str) -> None:
+    """fp32 masks beside a query that autocast makes bf16: nothing inside is cast again."""
+    inputs = make_inputs(2, 5, 5, 2, 8, torch.bfloat16)
+    inputs["key_padding_mask"] = torch.full((2, 5), torch.finfo(torch.float32).min)
+    inputs["attn_mask"] = 100 * torch.randn(5, 5)
+    ours = by_path(path)
+
+    def under_autocast(**inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(**inputs)
+
+    cast = helpers.results_of(under_autocast, inputs)
+    helpers.assert_same(cast, helpers.results_of(ours, inputs))
+    assert cast["output 0"].any()
 
 
 # ------------------------------------------------------------------- dropout at its two ends
@@ -328,7 +485,155 @@ def test_lengths_are_masks(dropout_p: float) -> None:
     assert (lengths["output 0"][2] == 0).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("special", [float("nan"), INF])
+def test_ignored_rows_reach_nothing(
+    special: float, masked: bool, is_causal: bool, path: str
+) -> None:
+    """NaN in what lengths exclude, in the gradient flowing in and in masks there as well."""
+    inputs = make_inputs(3, 6, 5, 2, 8)
+    if masked:
+        inputs.update(key_padding_mask=torch.randn(3, 5), attn_mask=torch.randn(3, 2, 6, 5))
+    keys = torch.tensor([5, 2, 0], dtype=torch.int32)
+    queries = torch.tensor([3, 6, 0], dtype=torch.int32)
+    beyond = {"query": torch.arange(6) >= queries[:, None]}
+    beyond["key"] = beyond["value"] = torch.arange(5) >= keys[:, None]
+    ours = by_path(path, key_lengths=keys, query_lengths=queries, is_causal=is_causal)
+    grad = torch.randn(3, 6, 2, 8)
+
+    def run(value: float) -> helpers.Results:
+        filled = dict(inputs)
+        for name, rows in beyond.items():
+            filled[name] = inputs[name].masked_fill(rows[..., None, None], value)
+        if masked and value != 0:
+            filled["key_padding_mask"] = inputs["key_padding_mask"].masked_fill(
+                beyond["key"], float("nan")
+            )
+        d_out = grad.masked_fill(beyond["query"][..., None, None], value)
+        return helpers.results_of(ours, filled, cotangents=[d_out])
+
+    found = run(special)
+    helpers.assert_same(found, run(0.0))
+    assert not found["output 0"][beyond["query"]].any()
+    for name, rows in beyond.items():
+        assert not found[f"gradient of {name}"][rows].any(), name
+    assert found["gradient of value"].any()
+
+
+@pytest.mark.parametrize("path", ["sdpa", "explicit", "composite"])
+def test_nan_that_counts_stays_out_of_ignored_rows(path: str) -> None:
+    inputs = make_inputs(2, 6, 5, 2, 8)
+    inputs["value"][0, 1] = inputs["key"][1, 0] = inputs["query"][1, 2] = float("nan")
+    keys, queries = (torch.tensor(x, dtype=torch.int32) for x in ([3, 2], [4, 3]))
+    results = helpers.results_of(by_path(path, key_lengths=keys, query_lengths=queries), inputs)
+    assert results["output 0"][0, :4].isnan().any()
+    for name, lengths in (("query", queries), ("key", keys), ("value", keys)):
+        rows = torch.arange(inputs[name].shape[1]) >= lengths[:, None]
+        assert not results[f"gradient of {name}"][rows].any(), name
+    assert not results["output 0"][torch.arange(6) >= queries[:, None]].any()
+
+
 LENGTHS = [7, 0, 33, 1, 0, 12, 0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lengths", [[2, 2], [3, 0], [0], [], [1, 3, 0]], ids=str)
+def test_rows_past_the_last_sequence_are_zero_and_reach_nothing(
+    lengths: list[int], path: str
+) -> None:
+    """As padding at the end of packed tokens: garbage in, zeros out, and zero gradients."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    tokens, rows = sum(lengths), 6
+    tensors = {name: torch.randn(rows, 2, 8) for name in ("query", "key", "value")}
+    grad = torch.randn(rows, 2, 8)
+    constants = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    ours = by_path(path, **constants, max_seqlen_q=4, max_seqlen_k=4)
+
+    def run(rows: int, value: float) -> helpers.Results:
+        filled = {name: x[:rows].clone() for name, x in tensors.items()}
+        for x in filled.values():
+            x[tokens:] = value
+        d_out = grad[:rows].clone()
+        d_out[tokens:] = value
+        return helpers.results_of(ours, filled, cotangents=[d_out])
+
+    found = run(rows, float("nan"))
+    assert all(not x[tokens:].any() for x in found.values())
+    expected = run(tokens, 0.0)
+    helpers.assert_same({name: x[:tokens] for name, x in found.items()}, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+def test_garbage_after_packed_tokens_does_not_reach_the_projection(dropout_p: float) -> None:
+    x, weight = torch.randn(6, 8), torch.randn(24, 8, requires_grad=True)
+    options = {"cu_seqlens": torch.tensor([0, 2, 4]).int(), "max_seqlen": 2, "backend": "pytorch"}
+    qkv = F.linear(x, weight)
+    qkv.register_hook(lambda grad: gradients.append(grad))
+    gradients: list[Tensor] = []
+    poisoned = torch.where(torch.arange(6)[:, None] < 4, qkv, float("nan"))
+    out = attention_packed(
+        poisoned.unflatten(-1, (3, 2, 4)), dropout_p=dropout_p, seed=seed_tensor(), **options
+    )
+    assert not out[4:].any()
+    out.sum().backward()
+    assert weight.grad.isfinite().all() and weight.grad.any()
+    assert not gradients[0][4:].any()
+
+
+@pytest.mark.parametrize("how", ["compiled", "transformed"])
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+def test_rows_past_max_seqlen_are_zero_where_lengths_are_not_read(
+    dropout_p: float, how: str
+) -> None:
+    cu_seqlens = torch.tensor([0, 5, 7, 7], dtype=torch.int32)
+    options = {"cu_seqlens": cu_seqlens, "dropout_p": dropout_p, "seed": seed_tensor()}
+    options["backend"] = "pytorch"
+    inside = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
+
+    def ours(qkv: Tensor) -> Tensor:
+        return attention_packed(qkv, max_seqlen=3, **options)
+
+    torch._dynamo.reset()
+    run = in_composite(ours)
+    if how == "compiled":
+        run = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    qkv = torch.randn(9, 3, 2, 8)
+    garbage = qkv.masked_fill(~inside[:, None, None, None], float("nan"))
+    grad = torch.randn(9, 2, 8).masked_fill(~inside[:, None, None], float("nan"))
+    found = helpers.results_of(run, {"qkv": garbage}, cotangents=[grad])
+    short = {**options, "cu_seqlens": torch.tensor([0, 3, 5, 5], dtype=torch.int32)}
+    expected = helpers.results_of(
+        partial(attention_packed, max_seqlen=3, **short),
+        {"qkv": qkv[inside]},
+        cotangents=[grad[inside]],
+    )
+    for name, x in found.items():
+        assert not x[~inside].any(), name
+        torch.testing.assert_close(x[inside], expected[name])
+
+
+def test_lengths_are_not_read_by_tracers() -> None:
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    qkv = torch.randn(5, 3, 2, 8)
+
+    def ours(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return attention_packed(qkv, cu_seqlens=cu_seqlens, max_seqlen=3, backend="pytorch")
+
+    expected = ours(qkv, cu_seqlens)
+    for mode in ("real", "fake", "symbolic"):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(ours, tracing_mode=mode)(qkv, cu_seqlens)
+        torch.testing.assert_close(graph(qkv, cu_seqlens), expected)
+        other = torch.tensor([0, 3, 4], dtype=torch.int32)
+        torch.testing.assert_close(graph(qkv, other), ours(qkv, other))
+
+    class Module(torch.nn.Module):
+        def forward(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+            return ours(qkv, cu_seqlens)
+
+    exported = torch.export.export(Module(), (qkv, cu_seqlens)).module()
+    torch.testing.assert_close(exported(qkv, cu_seqlens), expected)
 
 
 def packed_and_padded(lengths: list[int], heads: int = 2, dim: int = 8) -> tuple[Tensor, ...]:
@@ -754,6 +1059,45 @@ def test_wrong_arguments_are_named(case: str) -> None:
         attention(**{**tensors, **arguments})
 
 
+def sequences(*ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+ONE = sequences(0, 5)
+WRONG_SEQUENCES = {
+    "cu_seqlens_q alone": (dict(cu_seqlens_k=None), "cu_seqlens_k"),
+    "cu_seqlens_k, other count": (dict(cu_seqlens_k=sequences(0, 3, 5)), "cu_seqlens_k"),
+    "cu_seqlens_k, device": (dict(cu_seqlens_k=ONE.to("meta")), "cu_seqlens_k"),
+    "cu_seqlens_q, start": (dict(cu_seqlens_q=sequences(1, 5)), "cu_seqlens_q"),
+    "cu_seqlens_q, negative": (dict(cu_seqlens_q=sequences(-1, 5)), "cu_seqlens_q"),
+    "cu_seqlens_k, start": (dict(cu_seqlens_k=sequences(1, 5)), "cu_seqlens_k"),
+    "cu_seqlens_q, end": (dict(cu_seqlens_q=sequences(0, 6), max_seqlen_q=6), "cu_seqlens_q"),
+    "cu_seqlens_k, end": (dict(cu_seqlens_k=sequences(0, 7), max_seqlen_k=7), "cu_seqlens_k"),
+    "cu_seqlens_q, falls": (
+        dict(cu_seqlens_q=sequences(0, 4, 2, 5), cu_seqlens_k=sequences(0, 1, 2, 5)),
+        "cu_seqlens_q",
+    ),
+    "cu_seqlens_k, falls": (
+        dict(cu_seqlens_q=sequences(0, 1, 2, 5), cu_seqlens_k=sequences(0, 4, 2, 5)),
+        "cu_seqlens_k",
+    ),
+    "max_seqlen_q": (dict(max_seqlen_q=4), "max_seqlen_q"),
+    "max_seqlen_k": (dict(max_seqlen_k=4), "max_seqlen_k"),
+    "max_seqlen_k, 0": (dict(max_seqlen_k=0), "max_seqlen_k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("case", WRONG_SEQUENCES)
+def test_wrong_sequences_are_named(case: str, dropout_p: float) -> None:
+    arguments, name = WRONG_SEQUENCES[case]
+    right = dict(cu_seqlens_q=ONE, cu_seqlens_k=ONE, max_seqlen_q=5, max_seqlen_k=5)
+    tokens = torch.zeros(5, 2, 8)
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "backend": "pytorch"}
+    with pytest.raises(ValueError, match=rf"^{name} must be"):
+        attention(tokens, tokens, tokens, **{**right, **arguments}, **options)
+
+
 PACKED = dict(qkv=torch.zeros(5, 3, 2, 8), cu_seqlens=torch.tensor([0, 5]).int(), max_seqlen=5)
 WRONG_PACKED_ARGUMENTS = {
     "qkv, integers": (dict(qkv=PACKED["qkv"].int()), "qkv"),
@@ -762,7 +1106,11 @@ WRONG_PACKED_ARGUMENTS = {
     "qkv, not padded": (dict(cu_seqlens=None), "qkv"),
     "cu_seqlens, dtype": (dict(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens"),
     "cu_seqlens, shape": (dict(cu_seqlens=torch.tensor([[0, 5]]).int()), "cu_seqlens"),
-    "max_seqlen": (dict(max_seqlen=0), "max_seqlen"),
+    "cu_seqlens, start": (dict(cu_seqlens=sequences(1, 5)), "cu_seqlens must"),
+    "cu_seqlens, end": (dict(cu_seqlens=sequences(0, 6)), "cu_seqlens must"),
+    "cu_seqlens, falls": (dict(cu_seqlens=sequences(0, 3, 1, 5)), "cu_seqlens must"),
+    "max_seqlen": (dict(max_seqlen=0), "max_seqlen must"),
+    "max_seqlen, too small": (dict(max_seqlen=4, backend="pytorch"), "max_seqlen must"),
     "mask": (dict(attn_mask=torch.zeros(5, 5)), "attn_mask"),
     "lengths": (dict(key_lengths=torch.tensor([5]).int()), "key_lengths"),
 }

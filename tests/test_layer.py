@@ -735,3 +735,26 @@ def test_autocast_casts_no_result_of_a_norm_again(norm_first, save):
     called = casts(layer)
     layer.linear1._forward_hooks.clear()
     assert casts(layer) < called
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_mask_that_16_bits_do_not_hold_means_the_same_in_training(
+    low: torch.dtype, autocast: bool
+) -> None:
+    """Of 16384 decisions one drops, so that training computes the probabilities by themselves."""
+    torch.manual_seed(0)
+    options = {"dim_feedforward": 32, "batch_first": True}
+    layer = FusedEncoderLayer(16, 2, dropout=1 / 16384, **options)
+    stock = nn.TransformerEncoderLayer(16, 2, dropout=0.0, **options)
+    stock.load_state_dict(layer.state_dict())
+    x, mask = torch.randn(2, 5, 16), torch.full((5, 5), torch.finfo(torch.float32).min)
+    expected = stock(x, mask)
+    if not autocast:
+        layer, x = layer.to(low), x.to(low)
+    results = []
+    for training in (True, False):
+        with torch.autocast("cpu", low, enabled=autocast), torch.set_grad_enabled(training):
+            results.append(layer.train(training)(x, mask, seed=torch.tensor([5])))
+    for found in results:
+        torch.testing.assert_close(found.float(), expected, atol=16 * torch.finfo(low).eps, rtol=0)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastattn import (
     available_backends,
+    dispatch,
     dropout_add,
     dropout_add_layer_norm,
     explain,
+    extension,
     layer_norm,
 )
 from fastattn.ops.dropout import TokenDropout
@@ -232,6 +234,69 @@ def test_rows_far_from_zero(dropout_p: float) -> None:
     check_norm(inputs["residual"], inputs["weight"], inputs["bias"])
 
 
+ROW, EXACT = (100.0, 100.0, 101.0), (-(0.5**0.5), -(0.5**0.5), 2**0.5)
+LOW = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["as built", "without the extension"])
+def extension_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without the extension":
+        monkeypatch.setattr(extension, "_why_not", "not built")
+        monkeypatch.setattr(dispatch, "_always", {})
+
+
+@pytest.mark.usefixtures("extension_or_not")
+@pytest.mark.parametrize("affine", [None, torch.float32], ids=["low affine", "fp32 affine"])
+@pytest.mark.parametrize("how", ["eager", "output", "compiled", "autocast", "func", "twice"])
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_statistics_in_16_bits_are_fp32(
+    low: torch.dtype, how: str, affine: torch.dtype | None
+) -> None:
+    """A mean of 100.33 is 100.5 in bf16; the gradient of the weight is the normalised row."""
+    x = torch.tensor([ROW], dtype=low, requires_grad=True)
+    weight = torch.ones(3, dtype=affine or low, requires_grad=True)
+    bias = torch.zeros(3, dtype=affine or low, requires_grad=True)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer_norm(x, weight, bias, save="output" if how == "output" else "input")
+
+    def total(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm(x, weight, bias).float().sum()
+
+    leaves = (x, weight, bias)
+    if how == "func":
+        _, gradient, _ = torch.func.grad(total, (0, 1, 2))(*leaves)
+    elif how == "compiled":
+        torch._dynamo.reset()
+        compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+        (gradient,) = torch.autograd.grad(compiled(*leaves), weight)
+    else:
+        with torch.autocast("cpu", low, enabled=how == "autocast"):
+            out = total(*leaves)
+        (gradient,) = torch.autograd.grad(out, weight, create_graph=how == "twice")
+    out, eps = norm(*leaves), torch.finfo(low).eps
+    assert out.dtype == low and gradient.dtype == weight.dtype
+    expected = torch.tensor(EXACT)
+    torch.testing.assert_close(out[0].float(), expected, rtol=eps, atol=0)
+    tolerance = 4 * eps if how == "output" else eps
+    torch.testing.assert_close(gradient.float(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.usefixtures("extension_or_not")
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_gradients_of_many_rows_in_16_bits_are_rounded_once(low: torch.dtype, mean: float) -> None:
+    """Sums over rows are not in 16 bits either, by whatever backend is chosen."""
+    inputs = {"input": torch.randn(3000, 24) + mean, "weight": torch.randn(24)}
+    inputs = {name: x.to(low) for name, x in {**inputs, "bias": torch.randn(24)}.items()}
+    found = helpers.results_of(layer_norm, inputs)
+    cotangents = helpers.cotangents_of((found["output 0"],))
+    exact = helpers.results_of(reference.layer_norm, inputs, torch.float64, cotangents)
+    for name, x in exact.items():
+        error = (found[name] - x).abs().max()
+        assert error <= torch.finfo(low).eps * x.abs().max(), name
+
+
 def test_constant_rows() -> None:
     x = torch.full((3, 64), 7.0)
     results = helpers.results_of(layer_norm, {"input": x})
@@ -428,6 +493,9 @@ def test_which_backend_is_taken() -> None:
     assert "torch's own kernel" in choices["layer_norm"].why_not["cpu"] or best == "pytorch"
     for op in ("dropout_add", "dropout_add_layer_norm"):
         assert choices[op].taken == best
+    for low in LOW:
+        choices = {choice.part: choice for choice in explain(norm, x.to(low))}
+        assert choices["layer_norm"].taken == best
 
 
 # ---------------------------------------------------------------- backward from the result

@@ -29,12 +29,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Any:
     name = schema[: schema.index("(")]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, _without_autocast(implementation), key)
+        _library.impl(name, without_autocast(implementation), key)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
     return getattr(torch.ops.fastattn, name).default
 
 
-def _without_autocast(implementation: Callable) -> Callable:
+def without_autocast(implementation: Callable) -> Callable:
     """An op's dtypes are settled in its public function; nothing inside may cast again."""
 
     @tracing.opaque
@@ -187,6 +187,23 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
     """Raise unless ``tensor`` is on the device of ``input``: kernels get addresses."""
     if tensor.device != input.device:
         raise mismatch(name, f"on {input.device}, as input is", tensor.device)
+
+
+def values_of(tensor: Tensor) -> list[Any] | None:
+    """The numbers of a small tensor; None where they are not known or reading them would cost.
+
+    That is on a GPU, where it waits for the device, and while anything traces or transforms.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    ):
+        return None
+    return tensor.tolist()
 
 
 def check_floating(name: str, dtype: torch.dtype | None) -> None:

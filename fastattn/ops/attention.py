@@ -6,6 +6,7 @@ gradients, never NaN. Backends: ``triton``, ``pytorch``.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastattn.ops._library import (
     Function,
     apply,
     autocast_dtype,
+    check_device,
     check_dropout,
     check_floating,
     define,
@@ -26,6 +28,7 @@ from fastattn.ops._library import (
     recall,
     remember,
     twice_differentiable,
+    values_of,
     wanted_only,
     wants_second_order,
 )
@@ -62,12 +65,17 @@ def attention(
         attn_mask: broadcastable to (B, H, Sq, Sk), bool (True: do not attend) or float (added).
             Both masks may be given, and gradients flow to float ones.
         key_lengths: (B,) int32; keys from this position on are ignored.
-        query_lengths: (B,) int32; queries from this position on give zeros.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 cumulative lengths, from 0 to Tq and to Tk, of
-            sequences packed without padding; both or neither, and no other mask with them but
-            ``is_causal``. Their values are not checked, which would wait for the device: tokens
-            past the last one, or past ``max_seqlen``, get no defined result.
-        max_seqlen_q, max_seqlen_k: the longest packed lengths, in tokens, or more.
+        query_lengths: (B,) int32; queries from this position on give zeros. Whatever stands in
+            rows that are ignored, NaN included, their gradients are zero and no other result
+            depends on it.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 cumulative lengths of packed sequences, from 0
+            to at most Tq and Tk, never falling; both or neither, and no other mask with them but
+            ``is_causal``. Rows past the last sequence are ignored: zero in the result and in
+            gradients. On a CPU other values raise; on a GPU, and while a compiler or tracer runs,
+            they are not read, which would wait for the device.
+        max_seqlen_q, max_seqlen_k: the longest packed lengths, in tokens, or more. The
+            ``"pytorch"`` backend on a CPU raises where a sequence is longer; elsewhere, where that
+            is not read, the rows of a sequence past it are ignored.
         is_causal: query m attends to keys n <= m only, on top of the masks.
         scale: of the scores; 1 / sqrt(D) by default.
         dropout_p: probability of dropping an attention probability, resolved to 1/16384.
@@ -130,6 +138,8 @@ def attention_packed(
     Args:
         qkv: (B, S, 3, H, D), or (T, 3, H, D) packed with ``cu_seqlens``, any strides: query, key
             and value along the third-last dimension.
+        cu_seqlens: (B + 1,) int32 cumulative lengths of packed sequences, of query, key and value.
+        max_seqlen: the longest of them, in tokens, or more.
 
     The other arguments and errors are those of :func:`attention`.
 
@@ -200,11 +210,14 @@ def _prepare(
     if arguments.head_offset < 0 or last_head > HEADS:
         raise mismatch("head_offset", f"at least 0, and heads below {HEADS}", arguments.head_offset)
     if packed:
-        _check_packed(arguments, query, key)
+        lengths = _check_packed(op, arguments, query, key)
     else:
         arguments = _check_masks(arguments, query, key)
     facts = {"dtype": query.dtype, "head_dim": query.shape[-1], "arguments": arguments}
     backend = dispatch.choose(op, query, backend, **facts)
+    if packed and backend == "pytorch":
+        for name, longest, ends in lengths:
+            _check_longest(name, longest, ends)
     return arguments._replace(backend=backend)
 
 
@@ -220,20 +233,58 @@ def _check_like(query: Tensor, name: str, x: Tensor, packed: bool) -> None:
         raise mismatch(name, f"of query's shape {tuple(query.shape)} but for its length", got)
 
 
-def _check_packed(arguments: AttentionArguments, query: Tensor, key: Tensor) -> None:
+#: Of queries or keys: the name of max_seqlen, its value, and those of cu_seqlens, where known.
+_Lengths = tuple[str, int, list[int] | None]
+
+
+def _check_packed(
+    op: str, arguments: AttentionArguments, query: Tensor, key: Tensor
+) -> list[_Lengths]:
     for name in ("key_padding_mask", "attn_mask", "key_lengths", "query_lengths"):
         if getattr(arguments, name) is not None:
             raise mismatch(name, "None where sequences are packed", "a tensor")
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        seqlens = getattr(arguments, name)
-        if seqlens is None:
-            raise mismatch(name, "given where the other is", None)
-        if seqlens.dtype != torch.int32 or seqlens.dim() != 1 or seqlens.numel() == 0:
-            raise mismatch(name, "(B + 1,) torch.int32", f"{tuple(seqlens.shape)} {seqlens.dtype}")
-    for name, tokens in (("max_seqlen_q", query), ("max_seqlen_k", key)):
-        longest = getattr(arguments, name)
-        if longest < 0 or (longest == 0 and tokens.shape[0] > 0):
-            raise mismatch(name, "the length of the longest sequence", longest)
+    cu_q, cu_k = arguments.cu_seqlens_q, arguments.cu_seqlens_k
+    if op == "attention_packed":
+        cases = (("", cu_q, arguments.max_seqlen_q, query),)
+    else:
+        cases = (
+            ("_q", cu_q, arguments.max_seqlen_q, query),
+            ("_k", cu_k, arguments.max_seqlen_k, key),
+        )
+    lengths = [_check_sequences(*case) for case in cases]
+    if cu_q.shape != cu_k.shape:
+        raise mismatch("cu_seqlens_k", f"of cu_seqlens_q's shape {tuple(cu_q.shape)}", cu_k.shape)
+    return lengths
+
+
+def _check_sequences(
+    suffix: str, cu_seqlens: Tensor | None, longest: int, rows: Tensor
+) -> _Lengths:
+    """Check the sequences that ``rows`` is packed of."""
+    name, tokens = f"cu_seqlens{suffix}", rows.shape[0]
+    if cu_seqlens is None:
+        raise mismatch(name, "given where the other is", None)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise mismatch(name, "(B + 1,) torch.int32", got)
+    check_device(name, cu_seqlens, rows)
+    if longest < 0 or (longest == 0 and tokens > 0):
+        raise mismatch(f"max_seqlen{suffix}", "the length of the longest sequence", longest)
+    ends = values_of(cu_seqlens)
+    if ends is not None:
+        if ends[0] != 0 or ends[-1] > tokens:
+            got = f"{ends[0]} to {ends[-1]}"
+            raise mismatch(name, f"from 0 to at most {tokens}, the number of rows", got)
+        if any(end < start for start, end in itertools.pairwise(ends)):
+            raise mismatch(name, "cumulative lengths, which never fall", ends)
+    return f"max_seqlen{suffix}", longest, ends
+
+
+def _check_longest(name: str, longest: int, ends: list[int] | None) -> None:
+    if ends is not None:
+        there = max((end - start for start, end in itertools.pairwise(ends)), default=0)
+        if there > longest:
+            raise mismatch(name, f"at least {there}, the length of the longest sequence", longest)
 
 
 def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> AttentionArguments:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,6 +28,9 @@ from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
 
 #: What layer_norm may keep for backward.
 SAVE_LEVELS = ("input", "output")
+
+#: Of inputs for which torch's own kernel keeps statistics and sums in at least fp32.
+_EXACT = (torch.float32, torch.float64)
 
 
 def layer_norm(
@@ -56,8 +61,9 @@ def layer_norm(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run this call.
     """
-    plain = backend is None and out_dtype is None and save == "input"
-    if plain and input.is_cpu and dispatch.leaves_to_pytorch("layer_norm", "cpu"):
+    plain = backend is None and out_dtype is None and save == "input" and input.is_cpu
+    dtype = input.dtype
+    if plain and dtype in _EXACT and dispatch.leaves_to_pytorch("layer_norm", "cpu", dtype):
         try:  # before all checks: they take a good part of the time of a call
             shape = input.shape[-1:] if weight is None else weight.shape[-1:]
             return torch.layer_norm(input, shape, weight, bias, eps)
@@ -97,8 +103,7 @@ MIN_WEIGHT = 2.0**-10
 
 def leaves_it_to_torch(backend: str, dtype: torch.dtype, save: str) -> bool:
     """Whether torch's own autograd is the backend: in half precision it would keep fp32 copies."""
-    exact = dtype == fallback.accumulation_dtype(dtype)
-    return backend == "pytorch" and exact and save in ("input", "sum")
+    return backend == "pytorch" and dtype in _EXACT and save in ("input", "sum")
 
 
 def norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
@@ -154,7 +159,18 @@ def _why_not_dtypes(dtypes: Dtypes, known: frozenset[torch.dtype]) -> str | None
     return None
 
 
-def register_backends(op: str, cpu_unasked: str | None = None) -> None:
+def why_unasked(device: torch.device, dtypes: Dtypes = ()) -> str | None:
+    """Why a norm alone takes the C++ kernels by name only.
+
+    In 16 bits it takes them: torch's own keep mean and deviation for backward in the dtype of the
+    input, and add up the gradients of weight and bias in it.
+    """
+    if dtypes and dtypes[0] in _EXACT:
+        return "a norm alone in fp32 or fp64 is left to torch's own kernel on a CPU"
+    return None
+
+
+def register_backends(op: str, cpu_unasked: Callable[..., str | None] | None = None) -> None:
     """The same four for every op with a norm or a residual sum."""
     dispatch.register(op, "cuda", extension_norms.cuda, why_not_cuda)
     dispatch.register(op, "cpu", extension_norms.cpu, why_not_cpu, cpu_unasked)
@@ -162,7 +178,7 @@ def register_backends(op: str, cpu_unasked: str | None = None) -> None:
     dispatch.register(op, "pytorch", fallback)
 
 
-register_backends("layer_norm", cpu_unasked="a norm alone is left to torch's own kernel on a CPU")
+register_backends("layer_norm", cpu_unasked=why_unasked)
 
 
 # ------------------------------------------------------------- schema, fake, implementation
