@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import dispatch, extension
+from fastattn import dispatch, extension, tracing
 from fastattn.masks import Masks
-from fastattn.ops._library import transforms_active, without_autocast
+from fastattn.ops._library import autocast_off
 from fastattn.ops.arguments import AttentionArguments, FeedForwardArguments, NormArguments
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
 from fastattn.packing import pack, unpack
@@ -180,7 +180,6 @@ def attention_backward(
     return d_padding, d_mask
 
 
-@without_autocast
 def attention_composite(
     query: Tensor,
     key: Tensor,
@@ -196,14 +195,15 @@ def attention_composite(
     added, excluded = _mask_terms(dense, q.shape[2], k.shape[2], q.device)
     wide = _sum_dtype(arguments, accumulation_dtype(q.dtype))
     bias, dead = _bias(added, excluded, wide)
-    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * arguments.scale
-    if bias is not None:
-        scores = scores + bias
-    probabilities = torch.softmax(scores, -1)
-    factor = arguments.dropout.factor(scores.shape, scores.dtype)
-    if factor is not None:
-        probabilities = probabilities * factor
-    out = probabilities.to(v.dtype) @ v
+    with autocast_off(query):
+        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * arguments.scale
+        if bias is not None:
+            scores = scores + bias
+        probabilities = torch.softmax(scores, -1)
+        factor = arguments.dropout.factor(scores.shape, scores.dtype)
+        if factor is not None:
+            probabilities = probabilities * factor
+        out = probabilities.to(v.dtype) @ v
     dead = _or_past(dead, dense.query_lengths, q.shape[2])
     if dead is not None:
         out = out.masked_fill(dead, 0)
@@ -226,7 +226,8 @@ def attention_without_dropout(
     dtype = _sum_dtype(arguments, query.dtype)
     if dtype != query.dtype:
         wide = (x.to(dtype) for x in (query, key, value))
-        return without_autocast(attention_without_dropout)(*wide, arguments).to(query.dtype)
+        with autocast_off(query):
+            return attention_without_dropout(*wide, arguments).to(query.dtype)
     padded, dense = _padded(query, key, value, arguments)
     q, k, v = (x.transpose(1, 2) for x in padded)
     bias, dead = _bias(*_mask_terms(dense, q.shape[2], k.shape[2], q.device), dtype)
@@ -317,7 +318,7 @@ def _sum_of(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     """
     total = first.to(dtype) + second.to(dtype)
     bounded = total.detach().clamp_(min=torch.finfo(dtype).min)
-    if not (total.requires_grad or transforms_active()):
+    if not (total.requires_grad or tracing.watched()):
         return bounded
     a, b = (x.masked_fill(x == float("-inf"), 0).to(dtype) * 0.5 for x in (first, second))
     half = a + b  # finite where the total is not

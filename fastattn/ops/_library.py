@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Any:
     name = schema[: schema.index("(")]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, without_autocast(implementation), key)
+        _library.impl(name, _without_autocast(implementation), key)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
     return getattr(torch.ops.fastattn, name).default
 
 
-def without_autocast(implementation: Callable) -> Callable:
+def _without_autocast(implementation: Callable) -> Callable:
     """An op's dtypes are settled in its public function; nothing inside may cast again."""
 
     @tracing.opaque
@@ -66,6 +67,13 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager:
+    """Where no product of ``tensor`` is cast; for what runs outside of an op."""
+    if autocast_dtype(tensor) is None:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:

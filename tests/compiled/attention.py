@@ -117,6 +117,27 @@ VARIANTS = [
     ),
 ]
 
+#: Every entry of the tables of tiles, under every boolean mask and with dropout: operands are laid
+#: out by what is loaded for them, and a byte is the narrowest. fp16 is bf16 there. A head dimension
+#: that is padded takes the tiles of masks of pairs.
+LENGTHS = {64: (512, 64, 128, 256), 128: (512, 64, 128), 256: (512,), 40: (512,)}
+LAYOUTS = [
+    variant
+    for dtype in (bf16, fp32)
+    for head_dim, lengths in LENGTHS.items()
+    for length in (lengths if dtype == bf16 else lengths[:1])
+    for name, kinds in {"keys": "K", "pairs": "P", "keys and pairs": "KP"}.items()
+    if head_dim != 40 or (name == "keys" and dtype == bf16)
+    for variant in variants(
+        f"{head_dim} {dtype}, {length} keys, bool {name}",
+        head_dim=head_dim,
+        dtype=dtype,
+        length=length,
+        key_padding_mask=empty(BATCH, length, dtype=torch.bool) if "K" in kinds else None,
+        attn_mask=empty(BATCH, 1, length, length, dtype=torch.bool) if "P" in kinds else None,
+    )
+]
+
 #: What dropout may add: an integer pipe has about four instructions a score to spare beside the
 #: tensor cores at head dimension 64, and a transposed tile uses half of the words it makes.
 EXTRAS = [

@@ -110,6 +110,7 @@ def fixed_verdicts(figures: Figures, expectation: Kernel, arch: int) -> list[str
             "the target is",
         ),
     ]
+    found += [f"an operand of {each} is longer than its product" for each in figures.overlong]
     if expectation.tensor_cores and figures.tensor_cores is None:
         found.append("no tensor-core instruction")
     return [failure for failure in found if failure]

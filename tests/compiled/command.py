@@ -14,7 +14,7 @@ from pathlib import Path
 
 import triton
 
-from compiled import budgets, gpu
+from compiled import budgets, gpu, layouts
 from compiled.measure import Figures, Measured, kernel_name, measure, nvcc
 from compiled.variants import ARCHITECTURES, Kernel, Source, Variant, listed, load, shipped_ops
 
@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     extras = [(op, extra) for op in works for extra in getattr(load(op), "EXTRAS", ())]
     found, too_much = budgets.extras(measured, extras)
     failures += too_much
+    if not options.only:
+        looked_at, overlong = layouts.look_at_all(works, options.arch or ARCHITECTURES)
+        found.append(looked_at)
+        failures += overlong
 
     print_table(rows(measured, works))
     print("".join(f"\n{line}" for line in found))

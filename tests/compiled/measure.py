@@ -16,7 +16,7 @@ from typing import Any
 
 from triton import knobs
 
-from compiled import gpu, sass
+from compiled import gpu, layouts, sass
 from compiled.variants import ROOT, Kernel, Region, Source, Variant, listed
 
 #: What sm_90 and later keep of a block's shared memory, and count as used.
@@ -38,6 +38,7 @@ class Figures:
     accesses: int
     wide_accesses: int
     exchanges: int = 0  # shuffles, and loads and stores of shared memory
+    overlong: tuple[str, ...] = ()  # operands of products, see layouts.py
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Compiled:
     signature: str
     constexprs: Mapping[str, Any]
     threads: int | None
+    ttgir: str = ""
 
 
 def measure(works: Sequence[tuple[str, str]], arch: int) -> list[Measured]:
@@ -114,6 +116,7 @@ def compile_variant(variant: Variant, arch: int) -> Iterator[Compiled]:
             name,
             gpu.constexprs_of(kernel),
             32 * kernel.metadata.num_warps,
+            kernel.asm["ttgir"],
         )
 
 
@@ -153,6 +156,7 @@ def figures_of(kernel: Compiled, code: sass.Code) -> Figures:
         tuple(len(r.instructions) / kernel.expectation.elements(r) for r in regions),
         *sass.global_accesses(code),
         exchanges=sass.exchanges(code),
+        overlong=tuple(layouts.overlong(kernel.ttgir)),
     )
 
 
