@@ -491,7 +491,8 @@ LEAVING = """
 import os
 import torch
 import training
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
 def work(how, error, group):
     parts = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
     model = training.parallel(torch.nn.Sequential(*parts), parts, how, group)

@@ -29,9 +29,10 @@ nearest even as torch's do, ``tl.dot`` multiplies exactly widened operands, and 
 arithmetic on bfloat16 is a Violation: convert to float32 first, as kernels should. This shows that
 addresses, masks, formulas and the places of rounding are right in bfloat16.
 
-``tl.dot`` and ``tl.sum`` add up in float64 and round once to the type of the result, so that no order
-of sums, which every BLAS has of its own, enters it. So neither the order and the internal precision of
-sums on a GPU is shown, nor its approximations (``exp2``, division) or fused multiply-adds.
+``tl.dot`` and ``tl.sum`` add up in float64 and round once to the type of the result, so that no
+order of sums, which every BLAS has of its own, enters it. So neither the order and the internal
+precision of sums on a GPU is shown, nor its approximations (``exp2``, division) or fused
+multiply-adds.
 
 Not seen: that a program reads what its own other threads stored without ``tl.debug_barrier``; that
 atomic additions round in any order; ``input_precision``. Not interpretable at all: several autotune
