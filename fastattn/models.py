@@ -42,8 +42,8 @@ class PositionalEncoding(nn.Module):
 
     From "Attention Is All You Need" (Vaswani et al., 2017), section 3.5. The encodings are a buffer
     that is not part of ``state_dict``. They are computed again where the module gets new memory or
-    another dtype (``to_empty``, ``to``, ``half`` ...), and where it is on the "meta" device and ``x``
-    is not, as after ``load_state_dict(..., assign=True)``.
+    another dtype (``to_empty``, ``to``, ``half`` ...), and where it is on the "meta" device and
+    ``x`` is not, as after ``load_state_dict(..., assign=True)``.
 
     Args:
         d_model: width, even or odd.
@@ -106,7 +106,8 @@ class PositionalEncoding(nn.Module):
         Raises:
             ValueError: ``x`` is longer than ``max_len`` or of another width.
         """
-        max_len, d_model = self.encoding.shape
+        encoding = self.encoding
+        max_len, d_model = encoding.shape
         if x.dim() not in (2, 3) or x.shape[-1] != d_model:
             raise ValueError(
                 f"x must be (..., {d_model}) with 2 or 3 dimensions, not {tuple(x.shape)}"
@@ -115,10 +116,10 @@ class PositionalEncoding(nn.Module):
         length = x.shape[0] if between else x.shape[-2]
         if length > max_len:
             raise ValueError(f"x has {length} positions, and max_len is {max_len}")
-        if self.encoding.is_meta is not x.is_meta:  # as after load_state_dict(..., assign=True)
+        if encoding.is_meta is not x.is_meta:  # as after load_state_dict(..., assign=True)
             with torch.inference_mode(False):
-                self.to_empty(device=x.device)
-        encoding = self.encoding[:length]
+                encoding = self.to_empty(device=x.device).encoding
+        encoding = encoding[:length]
         return x + (encoding.unsqueeze(1) if between else encoding)
 
 
