@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import resource
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,6 +56,7 @@ class Processes:
     rank: int
     count: int
     device: torch.device
+    mesh: DeviceMesh | None = None  # all processes in a row; None: this one alone
 
     @property
     def first(self) -> bool:
@@ -94,11 +97,37 @@ def processes(device: torch.device) -> Iterator[Processes]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        yield Processes(dist.get_rank(), dist.get_world_size(), device, mesh)
         dist.barrier()  # nobody leaves while another one may still be at work
+    except BaseException as error:
+        forget_locals(error)
+        raise
     finally:
-        dist.destroy_process_group()
+        leave(mesh)
+
+
+def leave(mesh: DeviceMesh) -> None:
+    """Destroy the processes' group and wait for its threads, which destroying alone does not.
+
+    They live while something refers to the group: a model in a cycle of references, or the mesh,
+    which DTensor's caches keep for good. A thread that then frees a tensor while the interpreter
+    ends takes the process down (gloo: "terminate called without an active exception").
+    """
+    group = dist.group.WORLD  # the last reference: it is dropped without the GIL, which they need
+    dist.destroy_process_group()
+    gc.collect()
+    getattr(mesh, "_pg_registry", {}).clear()
+    del group
+
+
+def forget_locals(error: BaseException) -> None:
+    """Empty the frames that an error and its causes came through: models may be among them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def parallel(
@@ -113,10 +142,9 @@ def parallel(
         return model
     if how == "ddp":
         return DistributedDataParallel(model, broadcast_buffers=False)
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=processes.mesh)
+    return fully_shard(model, mesh=processes.mesh)
 
 
 def gradient_exchange(model: nn.Module, now: bool) -> AbstractContextManager:

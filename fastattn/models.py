@@ -41,7 +41,9 @@ class PositionalEncoding(nn.Module):
     """x + PE, with PE[t, 2i] = sin(t / 10000^(2i / d_model)) and PE[t, 2i + 1] the cosine.
 
     From "Attention Is All You Need" (Vaswani et al., 2017), section 3.5. The encodings are a buffer
-    that is not part of ``state_dict``.
+    that is not part of ``state_dict``. They are computed again where the module gets new memory or
+    another dtype (``to_empty``, ``to``, ``half`` ...), and where it is on the "meta" device and
+    ``x`` is not, as after ``load_state_dict(..., assign=True)``.
 
     Args:
         d_model: width, even or odd.
@@ -75,7 +77,25 @@ class PositionalEncoding(nn.Module):
             return
         rate = 10_000.0 ** -(torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
         angle = torch.arange(max_len, dtype=torch.float64)[:, None] * rate
-        self.encoding.copy_(torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :d_model])
+        table = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :d_model]
+        if hasattr(self.encoding, "device_mesh"):  # a DTensor
+            from torch.distributed.tensor import distribute_tensor
+
+            where = self.encoding.device_mesh, self.encoding.placements
+            table = distribute_tensor(table, *where, src_data_rank=None)
+        self.encoding.copy_(table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionalEncoding:
+        before = self.encoding
+        if before.is_meta:
+            try:
+                fn(before)
+            except NotImplementedError:  # it copies, and there is nothing to copy
+                self.encoding = torch.empty_like(before, device="cpu")
+        super()._apply(fn, recurse)
+        if self.encoding is not before:
+            self.reset_parameters()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the encodings of the positions 0, 1, ...
@@ -86,7 +106,8 @@ class PositionalEncoding(nn.Module):
         Raises:
             ValueError: ``x`` is longer than ``max_len`` or of another width.
         """
-        max_len, d_model = self.encoding.shape
+        encoding = self.encoding
+        max_len, d_model = encoding.shape
         if x.dim() not in (2, 3) or x.shape[-1] != d_model:
             raise ValueError(
                 f"x must be (..., {d_model}) with 2 or 3 dimensions, not {tuple(x.shape)}"
@@ -95,7 +116,10 @@ class PositionalEncoding(nn.Module):
         length = x.shape[0] if between else x.shape[-2]
         if length > max_len:
             raise ValueError(f"x has {length} positions, and max_len is {max_len}")
-        encoding = self.encoding[:length]
+        if encoding.is_meta is not x.is_meta:  # as after load_state_dict(..., assign=True)
+            with torch.inference_mode(False):
+                encoding = self.to_empty(device=x.device).encoding
+        encoding = encoding[:length]
         return x + (encoding.unsqueeze(1) if between else encoding)
 
 

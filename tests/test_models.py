@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import helpers
@@ -59,10 +61,84 @@ def test_positions(d_model: int) -> None:
     assert not sequence_first.state_dict()
 
 
-def test_positions_of_a_module_without_memory() -> None:
-    positions = PositionalEncoding(6, 20, device="meta").to_empty(device="cpu")
-    positions.reset_parameters()
-    assert torch.equal(positions.encoding, PositionalEncoding(6, 20).encoding)
+def made_empty(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    module.to_empty(device="cpu").load_state_dict(state)
+    return module
+
+
+def made_empty_part_by_part(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """As FSDP materialises modules."""
+    for part in module.modules():
+        part.to_empty(device="cpu", recurse=False)
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    module.load_state_dict(state)
+    return module
+
+
+def assigned(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def assigned_and_moved(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    return assigned(module, state).to("cpu")
+
+
+def emptied(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """One that had memory."""
+    return made_empty(made_empty(module, state).to("meta"), state)
+
+
+WITHOUT_MEMORY = [made_empty, made_empty_part_by_part, assigned, assigned_and_moved, emptied]
+
+
+@pytest.mark.parametrize("fill", WITHOUT_MEMORY)
+def test_positions_of_a_module_without_memory(fill: Callable[..., nn.Module]) -> None:
+    x, expected = torch.zeros(20, 6), PositionalEncoding(6, 20)
+    positions = PositionalEncoding(6, 20, device="meta")
+    assert positions(x.to("meta")).is_meta
+    positions = fill(positions, {})
+    assert torch.equal(positions(x), expected.encoding)
+    assert torch.equal(positions.encoding, expected.encoding)
+    assert torch.equal(copy.deepcopy(positions)(x), expected.encoding)
+    assert not positions.state_dict()
+
+
+@pytest.mark.parametrize("fill", WITHOUT_MEMORY)
+def test_encoder_without_memory(fill: Callable[..., nn.Module]) -> None:
+    whole, (tokens, _) = make_encoder().eval(), make_tokens()
+    expected = whole(tokens)
+
+    def filled() -> nn.Module:
+        return fill(make_encoder(device="meta"), whole.state_dict()).eval()
+
+    encoder = filled()
+    assert encoder.state_dict().keys() == whole.state_dict().keys()
+    assert torch.equal(copy.deepcopy(encoder)(tokens), expected)
+    assert torch.equal(encoder(tokens), expected)
+    assert torch.equal(TaskAdapter(filled(), 2).encoder(tokens), expected)
+    compiled = torch.compile(filled(), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens), expected)
+    exported = torch.export.export(filled(), (tokens,)).module()
+    torch.testing.assert_close(exported(tokens), expected)
+
+
+def test_weights_may_be_given_to_an_encoder_without_any() -> None:
+    whole, empty = make_encoder(), make_encoder(device="meta")
+    tokens, _ = make_tokens()
+    with torch.inference_mode():
+        found = torch.func.functional_call(empty, whole.state_dict(), (tokens,))
+    assert torch.equal(found, whole(tokens))
+    assert not empty.positions.encoding.is_inference()
+    assert empty(tokens.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_positions_are_as_exact_as_their_dtype(dtype: torch.dtype) -> None:
+    expected = PositionalEncoding(6, 500, dtype=dtype).encoding
+    assert torch.equal(PositionalEncoding(6, 500).to(dtype).encoding, expected)
+    assert torch.equal(PositionalEncoding(6, 500).half().to(dtype).encoding, expected)
 
 
 def test_what_positions_refuse() -> None:

@@ -443,7 +443,7 @@ def test_two_processes_equal_one_without_dropout(run, cut_short, english, tmp_pa
 
 
 DECISIONS = """
-import os, sys
+import atexit, os, sys
 import torch
 import pretrain
 from torch.nn.modules.module import register_module_forward_hook
@@ -453,6 +453,11 @@ def note(module, inputs, output):
         kept.append(output != 0)
         torch.save(kept[0], sys.argv[1] + os.environ["RANK"])
 register_module_forward_hook(note)
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    print("left with", sum("gloo" in name for name in names), "threads of gloo's", flush=True)
+if sys.platform == "linux":
+    atexit.register(threads)
 if sys.argv[2]:
     exec(open(sys.argv[2]).read())
 pretrain.main(sys.argv[3:])
@@ -466,6 +471,7 @@ def test_two_processes_drop_differently_and_resume_bit_for_bit(english, tmp_path
     options = [*TINY, "--text", english, "--parallel", "fsdp", "--checkpoint-every", 2, "--out"]
     whole = python(*TORCHRUN, script, tmp_path / "kept", "", *options, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("left with 0 threads of gloo's") == 2 * (sys.platform == "linux")
     first, second = (torch.load(tmp_path / f"kept{rank}") for rank in (0, 1))
     p = 0.1
     deviation = math.sqrt(2 * p * (1 - p) / first.numel())
@@ -479,6 +485,55 @@ def test_two_processes_drop_differently_and_resume_bit_for_bit(english, tmp_path
     resumed = python(*TORCHRUN, script, tmp_path / "more", "", *options, run, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(tmp_path / "whole", run)
+
+
+LEAVING = """
+import os
+import torch
+import training
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+def work(how, error, group):
+    parts = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
+    model = training.parallel(torch.nn.Sequential(*parts), parts, how, group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    training.model_state(model) | training.optimizer_state(model, optimizer)
+    if error is not None:
+        try:
+            1 / 0
+        except ZeroDivisionError as cause:
+            raise error from cause
+for how in ("ddp", "fsdp"):
+    for error in (None, training.RunError("told"), KeyboardInterrupt()):
+        caught = None
+        try:
+            with training.processes(torch.device("cpu")) as group:
+                work(how, error, group)
+        except BaseException as raised:
+            caught = raised
+        assert caught is error
+        names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+        print(how, type(error).__name__, sum("gloo" in name for name in names))
+raise error
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_outlives_its_group(tmp_path):
+    """One that frees a tensor while the interpreter ends would abort the process."""
+    (script := tmp_path / "leaving.py").write_text(LEAVING)
+    left = python(script)
+    assert left.stdout.split() == [
+        word
+        for how in ("ddp", "fsdp")
+        for error in ("NoneType", "RunError", "KeyboardInterrupt")
+        for word in (how, error, "0")
+    ], left.stderr
+    assert left.returncode == -signal.SIGINT
+    for line in ("1 / 0", "raise error from cause"):  # the traceback is whole
+        assert line in left.stderr
 
 
 def test_other_number_of_processes_is_said(run, capsys, cut_short, monkeypatch, tmp_path):

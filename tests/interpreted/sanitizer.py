@@ -25,15 +25,18 @@ element. What is a fault:
 
 float16, float32 and float64 are numpy's. **bfloat16** needs a substitute, because the interpreter
 computes with its bits as if they were integers: conversions from and to the other types round to
-nearest even as torch's do, ``tl.dot`` multiplies exactly widened operands in float32, and any other
+nearest even as torch's do, ``tl.dot`` multiplies exactly widened operands, and any other
 arithmetic on bfloat16 is a Violation: convert to float32 first, as kernels should. This shows that
-addresses, masks, formulas and the places of rounding are right in bfloat16. It does not show the
-order and the internal precision of sums in tensor cores, the GPU's approximations (``exp2``,
-division) or fused multiply-adds, for bfloat16 or any other type.
+addresses, masks, formulas and the places of rounding are right in bfloat16.
+
+``tl.dot`` and ``tl.sum`` add up in float64 and round once to the type of the result, so that no
+order of sums, which every BLAS has of its own, enters it. So neither the order and the internal
+precision of sums on a GPU is shown, nor its approximations (``exp2``, division) or fused
+multiply-adds.
 
 Not seen: that a program reads what its own other threads stored without ``tl.debug_barrier``; that
-atomic additions round in any order; ``input_precision`` (``tl.dot`` is exact in the type of its
-operands). Not interpretable at all: several autotune configs, inline assembly, libdevice.
+atomic additions round in any order; ``input_precision``. Not interpretable at all: several autotune
+configs, inline assembly, libdevice.
 """
 
 from __future__ import annotations
@@ -566,8 +569,21 @@ class Sanitizer:
                 return TensorHandle(bfloat16_bits(source.data, truncate), tl.bfloat16)
             return cast_with_rounding(builder, source, target, rounding)
 
-        def exact_dot(builder: Any, a: TensorHandle, b: TensorHandle, *args: Any) -> TensorHandle:
-            return dot(builder, _widened(a), _widened(b), *args)
+        def exact_dot(
+            builder: Any, a: TensorHandle, b: TensorHandle, sums: TensorHandle, *args: Any
+        ) -> TensorHandle:
+            factors, dtype = [_widened(x).data for x in (a, b)], sums.data.dtype
+            if any(kind != "f" for kind in (dtype.kind, *(x.dtype.kind for x in factors))):
+                return dot(builder, a, b, sums, *args)
+            total = np.matmul(*(x.astype(np.float64, copy=False) for x in factors))
+            total += sums.data
+            return TensorHandle(total.astype(dtype, copy=False), sums.dtype.scalar)
+
+        def exact_sum(reduction: Any, x: tl.tensor) -> tl.tensor:
+            data = x.handle.data
+            wide = np.float64 if data.dtype.kind == "f" else None
+            total = np.sum(data, reduction.axis, wide, keepdims=reduction.keep_dims)
+            return reduction.to_tensor(np.asarray(total, data.dtype), x.dtype)
 
         def guarded(method: Callable) -> Callable:
             def guard(builder: Any, *operands: Any) -> TensorHandle:
@@ -583,6 +599,7 @@ class Sanitizer:
         yield InterpreterBuilder, "cast_impl", exact_cast
         yield InterpreterBuilder, "create_fp_to_fp", exact_cast_with_rounding
         yield InterpreterBuilder, "create_dot", exact_dot
+        yield interpreter.ReduceOps, "sum", exact_sum
         yield (
             InterpreterBuilder,
             "get_bf16",

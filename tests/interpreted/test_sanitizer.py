@@ -190,8 +190,16 @@ def matmul(A, B, Out, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)[None, :]
     a = tl.load(A + rows * BLOCK + columns)
     b = tl.load(B + rows * BLOCK + columns)
-    product = tl.dot(a, b, input_precision="ieee", out_dtype=Out.dtype.element_ty)
+    before = tl.load(Out + rows * BLOCK + columns)
+    product = tl.dot(a, b, before, input_precision="ieee", out_dtype=Out.dtype.element_ty)
     tl.store(Out + rows * BLOCK + columns, product)
+
+
+@triton.jit
+def sum_rows(X, Out, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    x = tl.load(X + rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    tl.store(Out + rows, tl.sum(x, 1))
 
 
 @triton.jit
@@ -688,17 +696,38 @@ def test_bfloat16_towards_zero() -> None:
     [
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float32),
+        (torch.float16, torch.float16),
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ],
 )
 def test_dot(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """The exact sum, rounded once: not in the order of any BLAS."""
     a, b = torch.randn(2, 32, 32, dtype=torch.float64).to(dtype)
-    out = torch.empty(32, 32, dtype=out_dtype)
+    before = torch.randn(32, 32).to(out_dtype)
+    out = before.clone()
     matmul[(1,)](a, b, out, BLOCK=32)
-    exact = a.double() @ b.double()
-    bound = 32 * torch.finfo(out_dtype).eps * (a.double().abs() @ b.double().abs())
-    assert ((out - exact).abs() <= bound).all()
+    exact = before.double() + a.double() @ b.double()
+    if out_dtype == torch.float64:
+        bound = 32 * torch.finfo(out_dtype).eps * (before.abs() + a.abs() @ b.abs())
+        assert ((out - exact).abs() <= bound).all()
+    else:
+        assert torch.equal(out, exact.to(out_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_sum(dtype: torch.dtype) -> None:
+    """As a product's: exact, rounded once."""
+    x, out = torch.randn(8, 512).to(dtype), torch.empty(8, dtype=dtype)
+    sum_rows[(1,)](x, out, BLOCK=8, WIDTH=512)
+    assert torch.equal(out, x.double().sum(1).to(dtype))
+
+
+def test_sum_of_integers_and_of_bits() -> None:
+    x, out = torch.randint(-9, 9, (8, 512)), torch.empty(8, dtype=torch.int64)
+    for given in (x, x.int(), x > 0):
+        sum_rows[(1,)](given, out, BLOCK=8, WIDTH=512)
+        assert torch.equal(out, given.sum(1))
 
 
 def test_bfloat16_arithmetic_in_float32() -> None:
