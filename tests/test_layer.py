@@ -371,9 +371,13 @@ def given(seed: int) -> Tensor:
     return torch.tensor([seed])
 
 
+def name_of(activation: object) -> str:
+    return getattr(activation, "__name__", str(activation))
+
+
 @BOTH
 @ORDERS
-@pytest.mark.parametrize("activation", ["relu", "gelu", nn.Identity(), torch.tanh], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.Identity(), torch.tanh], ids=name_of)
 def test_dropout_is_the_contracts(norm_first, batch_first, activation, contract_seeds):
     replay, fused = pair(
         dropout=0.3,
@@ -541,7 +545,7 @@ def test_evaluation_leaves_the_generator_alone():
 
 
 @BOTH
-@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh], ids=name_of)
 def test_gradcheck_with_dropout(norm_first, activation):
     layer = FusedEncoderLayer(
         4, 2, 6, 0.3, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64

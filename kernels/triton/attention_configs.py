@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 SHORT = 64  # queries of a short forward pass: half a tile of the usual one
 
-#: Whether what an asynchronous copy has written is fenced before wgmma or tcgen05.mma reads it. These
-#: read shared memory through the async proxy, cp.async writes it through the generic one, and the
-#: memory model of PTX orders the two by fence.proxy.async alone. Triton emits it from 3.7.1 on
-#: (triton #9610 and #10537, for pytorch #181248).
+#: Whether what an asynchronous copy wrote is fenced before wgmma or tcgen05.mma reads it. They read
+#: shared memory through the async proxy, cp.async writes it through the generic one, and the memory
+#: model of PTX orders the two by fence.proxy.async alone. Triton emits it from 3.7.1 on (triton
+#: #9610 and #10537, for pytorch #181248).
 COPIES_ARE_FENCED = TorchVersion(triton.__version__) >= (3, 7, 1)
 
 
