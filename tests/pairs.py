@@ -13,6 +13,11 @@ from fastattn import FusedEncoderLayer
 WIDTH, HEADS, HIDDEN = 32, 4, 64
 
 
+def name_of(activation: object) -> str:
+    """For a test's id, which must be the same in every process."""
+    return getattr(activation, "__name__", str(activation))
+
+
 def pair(
     *,
     width: int = WIDTH,

@@ -12,7 +12,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import HEADS, HIDDEN, WIDTH, assert_equal_runs, gradients, pair, tokens
+from pairs import HEADS, HIDDEN, WIDTH, assert_equal_runs, gradients, name_of, pair, tokens
 from reference import ReplayEncoderLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -369,10 +369,6 @@ def test_a_wrong_input_dtype_raises_as_in_torch():
 
 def given(seed: int) -> Tensor:
     return torch.tensor([seed])
-
-
-def name_of(activation: object) -> str:
-    return getattr(activation, "__name__", str(activation))
 
 
 @BOTH

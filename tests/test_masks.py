@@ -12,7 +12,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pairs import HEADS, HIDDEN, WIDTH, assert_equal_runs, cotangent, gradients, pair, tokens
+from pairs import (
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    assert_equal_runs,
+    cotangent,
+    gradients,
+    name_of,
+    pair,
+    tokens,
+)
 from reference import ReplayEncoderLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,7 +183,9 @@ def test_gradients_with_a_mask_where_length_leaves_64_over_128(length):
     [None, scattered(), as_float(scattered()), scattered(HEADS), bias(HEADS, LENGTH, LENGTH)],
     ids=["none", "bool", "0/-inf", "bool per head", "bias per head"],
 )
-@pytest.mark.parametrize("padding", [None, torch.arange(LENGTH) > 3, bias(LENGTH)], ids=str)
+@pytest.mark.parametrize(
+    "padding", [None, torch.arange(LENGTH) > 3, bias(LENGTH)], ids=["none", "bool", "float"]
+)
 def test_unbatched(norm_first, batch_first, src_mask, padding):
     stock, fused = pair(norm_first=norm_first, batch_first=batch_first)
     src = tokens(LENGTH)
@@ -671,7 +683,7 @@ def test_nested_input(norm_first, layout, path, mode):
 
 
 @BOTH
-@pytest.mark.parametrize("activation", ["gelu", torch.tanh], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", torch.tanh], ids=name_of)
 def test_nested_input_drops_what_padded_input_drops(norm_first, activation):
     _, fused = pair(dropout=0.3, norm_first=norm_first, activation=activation)
     src, padding, seed = tokens(BATCH, LENGTH), bool_padding(), torch.tensor([5])

@@ -21,7 +21,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from pairs import HEADS, HIDDEN, WIDTH, assert_equal_runs, cotangent, gradients, pair, tokens
+from pairs import (
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    assert_equal_runs,
+    cotangent,
+    gradients,
+    name_of,
+    pair,
+    tokens,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -778,7 +788,7 @@ def test_functional_call_with_other_weights(norm_first):
 
 @BOTH
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh], ids=name_of)
 def test_gradients_of_each_sample_by_vmap(norm_first, dropout, activation):
     """As a loop over samples gives; under a given seed every sample is sequence 0 of its call."""
     _, fused = pair(norm_first=norm_first, dropout=dropout, activation=activation)
