@@ -20,8 +20,9 @@ help:
 
 install: $(STAMP)
 
+# On every core where pytest-xdist is there; on a GPU in one process, whose memory and time it measures.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	@options="$$($(BIN)/python -c "$$SPREAD")" && set -x && $(BIN)/python -m pytest -q $$options
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick
@@ -91,6 +92,13 @@ $(BIN)/python:
 	else \
 		$(PYTHON) -m venv .venv; \
 	fi
+
+define SPREAD
+import importlib.util, os, torch
+spread = importlib.util.find_spec("xdist") and not torch.cuda.is_available()
+print(f"-n {len(os.sched_getaffinity(0))} --dist loadfile" if spread else "")
+endef
+export SPREAD
 
 # Whether a virtual environment made with system packages would find a torch that is new enough. One
 # made from within a virtual environment would not: it sees what is below that, not what is in it.
