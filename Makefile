@@ -94,9 +94,9 @@ $(BIN)/python:
 	fi
 
 define SPREAD
-import importlib.util, os, torch
+import importlib.util, torch
 spread = importlib.util.find_spec("xdist") and not torch.cuda.is_available()
-print(f"-n {len(os.sched_getaffinity(0))} --dist loadfile" if spread else "")
+print("-n auto --dist loadfile" if spread else "")
 endef
 export SPREAD
 
