@@ -38,7 +38,7 @@ def overlong(ttgir: str) -> list[str]:
             depth = int(columns if index == "0" else rows)
             if parent in layouts and 4 * int(width) > depth:
                 found.append(f"{rows} x {columns} with kWidth {width}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def stop_at_ttgir(arch: int) -> None:
@@ -70,8 +70,9 @@ def look(op: str) -> Mapping[str, list[str]]:
     found = {}
     for variant in load(op).LAYOUTS:
         for kernel in gpu.launched_by(variant.call):
-            name = re.search(r"tt\.func public @(\w+)", kernel.asm["ttgir"])[1]
-            found[f"{op}, {variant.name}, {name}"] = overlong(kernel.asm["ttgir"])
+            ttgir = kernel.asm["ttgir"].decode()  # it stands for the binary
+            name = re.search(r"tt\.func public @(\w+)", ttgir)[1]
+            found[f"{op}, {variant.name}, {name}"] = overlong(ttgir)
     return found
 
 

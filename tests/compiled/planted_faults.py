@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compiled.planted_kernels import autotuned_row_sum, matmul, row_sum
+from compiled.planted_kernels import autotuned_row_sum, masked_product, matmul, row_sum
 from compiled.planted_sound import loaded_elements, matmul_elements
 from compiled.variants import Extra, Kernel, Source, Variant
 
@@ -40,6 +40,11 @@ VARIANTS = [
 
 SOURCES = [
     Source(Path(__file__).parent / "planted" / "spilling.cu", {"stir": Kernel(lambda region: 64)})
+]
+
+LAYOUTS = [
+    Variant("depth 16", lambda: masked_product(16), {}),
+    Variant("depth 32", lambda: masked_product(32), {}),
 ]
 
 EXTRAS = [Extra("over budget", "no budget", "row_sum_kernel", {90: -1.0})]

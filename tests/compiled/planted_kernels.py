@@ -31,6 +31,23 @@ def matmul(a: Tensor, b: Tensor, precision: str, block: int = 128, **options: in
 
 
 @triton.jit
+def masked_product_kernel(A, Mask, B, C, DEPTH: tl.constexpr):
+    """(32, DEPTH) times (DEPTH, 32); a byte decides two columns of the left one."""
+    m, k, n = tl.arange(0, 32)[:, None], tl.arange(0, DEPTH), tl.arange(0, 32)[None, :]
+    mask = tl.load(Mask + m * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :])
+    mask = tl.join(mask, mask).reshape(32, DEPTH)
+    a = tl.where(mask == 0, tl.load(A + m * DEPTH + k[None, :]), 0.0)
+    b = tl.load(B + k[:, None] * 32 + n)
+    tl.store(C + m * 32 + n, tl.dot(a, b))
+
+
+def masked_product(depth: int) -> None:
+    a, b = (torch.empty(32, depth, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    mask, c = a[:, ::2].to(torch.uint8), a.new_empty(32, 32, dtype=torch.float32)
+    masked_product_kernel[(1,)](a, mask, b.t(), c, DEPTH=depth)
+
+
+@triton.jit
 def row_sum_kernel(X, Sum, n, BLOCK: tl.constexpr):
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):

@@ -1058,17 +1058,22 @@ def test_a_layer_on_the_kernels(batch_first: bool, launches: list[Launched]) -> 
         assert len({x.untyped_storage().data_ptr() for x in tensors}) == 1
 
 
+@pytest.mark.parametrize("fenced", [True, False])
 @pytest.mark.parametrize("major", [8, 9, 10, 12])
-def test_every_call_has_tiles(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Powers of two from 16 on; one tile holds all keys where backward is one kernel."""
+def test_every_call_has_tiles(major: int, fenced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Powers of two from 16 on; one tile holds all keys where backward is one kernel.
+
+    Tiles have one stage, and so no copies, where a compiler does not fence them.
+    """
     monkeypatch.setattr(attention_configs, "capability", lambda _: (major, 0))
+    monkeypatch.setattr(attention_configs, "COPIES_ARE_FENCED", fenced)
     calls = itertools.product(
         (torch.bfloat16, torch.float32, torch.float64),
         (1, 16, 64, 65, 128, 129, 256),
         (0, 1, 63, 64, 65, 128, 129, 256, 257, 4096),
         (False, True),
     )
-    whole_passes = 0
+    whole_passes, stages = 0, set()
     for dtype, head_dim, length, has_pair_mask in calls:
         call = SimpleNamespace(
             dtype=dtype,
@@ -1088,8 +1093,10 @@ def test_every_call_has_tiles(major: int, monkeypatch: pytest.MonkeyPatch) -> No
             configs.append(whole)
         for config in configs:
             assert {config.BLOCK_M, config.BLOCK_N} <= {16, 32, 64, 128, 256}
+            stages.add(config.num_stages)
         whole_passes += whole is not None
     assert whole_passes > 0
+    assert stages == ({1, 2} if fenced or major in (8, 12) else {1})
 
 
 #: The longest backward pass in one kernel: (without a mask of pairs, with one).
