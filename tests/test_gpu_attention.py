@@ -429,9 +429,14 @@ SEVERAL = [
 
 
 def check_masks(
-    dtype: torch.dtype, sizes: tuple[int, int], padding: str | None, pairs: str | None, causal: bool
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    padding: str | None,
+    pairs: str | None,
+    causal: bool,
+    head_dim: int = 64,
 ) -> None:
-    inputs = make_inputs(2, *sizes, 2, 64, dtype)
+    inputs = make_inputs(2, *sizes, 2, head_dim, dtype)
     masks = padding_masks(sizes[1]).get(padding), pair_masks(*sizes).get(pairs)
     for name, mask in zip(("key_padding_mask", "attn_mask"), masks, strict=True):
         inputs[name] = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
@@ -456,6 +461,17 @@ def test_accuracy_of_several_masks(
     padding: str | None, pairs: str | None, causal: bool, sizes: tuple[int, int]
 ) -> None:
     check_masks(BF16, sizes, padding, pairs, causal)
+
+
+@pytest.mark.parametrize(("padding", "pairs"), [("holes", None), (None, "bool"), ("holes", "bool")])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [*KINDS, (BF16, 256), (FP32, 128), (FP32, 256)], ids=str
+)
+def test_accuracy_of_bytes_under_dropout(
+    dtype: torch.dtype, head_dim: int, padding: str | None, pairs: str | None
+) -> None:
+    """Where a product is 16 deep, compilers have left out half of what such a mask decides."""
+    check_masks(dtype, (200, 100), padding, pairs, False, head_dim)
 
 
 def test_accuracy_of_other_masks() -> None:
@@ -585,6 +601,36 @@ def test_nan_stays_in_its_sequence(
         for a, b, c in zip(expected, found, packed, strict=True):
             assert torch.equal(a[0], b[0]) and b[1].isnan().any()
             assert c[:length].isfinite().all() and c[length:].isnan().any()
+
+
+@pytest.mark.parametrize("passes", ["chosen", "two"])
+@pytest.mark.parametrize("longest", [104, 600])
+def test_packed_rows_that_do_not_count(
+    longest: int, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the last sequence, and in a sequence past max_seqlen: not read, and written as zeros."""
+    if passes == "two":
+        never_in_one_pass(monkeypatch)
+    lengths = [longest, 3 * longest + 5, 0, 70]
+    counts = torch.cat([torch.arange(n) < longest for n in lengths] + [torch.zeros(300) > 0])
+    counts = counts.to(DEVICE)
+    qkv = random(len(counts), 3, 2, 64)
+    options = {"max_seqlen": longest, "dropout_p": P, "seed": seed_tensor(), "backend": "triton"}
+
+    def attend(lengths: list[int]) -> Callable[[Tensor], Tensor]:
+        cu_seqlens = lengths_tensor(0, *lengths).cumsum(0).to(torch.int32)
+        return partial(attention_packed, cu_seqlens=cu_seqlens, **options)
+
+    hidden = qkv.masked_fill(~counts[:, None, None, None], NAN)
+    leaf = hidden.requires_grad_()
+    out = attend(lengths)(leaf)
+    grad = random(*out.shape)
+    (found,) = torch.autograd.grad(out, leaf, grad)
+    assert not out[~counts].any() and not found[~counts].any()
+    leaf = qkv[counts].requires_grad_()
+    short = attend([min(n, longest) for n in lengths])(leaf)
+    assert torch.equal(out[counts], short)
+    assert torch.equal(found[counts], *torch.autograd.grad(short, leaf, grad[counts]))
 
 
 @pytest.mark.parametrize("passes", ["chosen", "two"])
