@@ -240,15 +240,14 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _check_inference(x: Tensor, *vectors: Tensor | None) -> None:
+def _check_inference(x: Tensor, bias: Tensor | None) -> None:
     if _extension is None:
         raise RuntimeError(_why_not)
-    shapes_fit = all(vector is None or vector.shape == x.shape[-1:] for vector in vectors)
-    if not shapes_fit or not runs_inference(x, *vectors):
-        raise ValueError(
-            "x and its vectors must be contiguous fp32 tensors on the CPU, the vectors of shape "
-            f"{tuple(x.shape[-1:])}"
-        )
+    columns = x.shape[-1:]
+    if bias is not None and bias.shape != columns:
+        raise ValueError(f"bias must be of shape {tuple(columns)}, but got {tuple(bias.shape)}")
+    if not runs_inference(x, bias):
+        raise ValueError("x and bias must be contiguous fp32 tensors on the CPU")
 
 
 @lru_cache(maxsize=256)

@@ -192,9 +192,9 @@ class NormKernels:
         """
         if residual.shape != input.shape:
             raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
-        columns, vectors = input.shape[-1], (input_bias, *norm[:2])
+        columns, vectors = input.shape[-1:], (input_bias, *norm[:2])
         for name, x in zip(("input_bias", "weight", "bias"), vectors, strict=True):
-            if x is not None and (x.numel() != columns or not x.is_cpu):
+            if x is not None and (x.shape != columns or not x.is_cpu):
                 check_vector(name, x, input)
         self._forward(
             input, input_bias, residual, TokenDropout(), input.dtype, norm=norm, out=input

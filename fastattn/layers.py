@@ -575,7 +575,7 @@ def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
         and why_module(layer.self_attn.out_proj, NonDynamicallyQuantizableLinear) is None
         and fused_activation(layer.activation)[0] is not None
         and all(
-            weight is None or weight.dtype == src.dtype
+            weight is None or (weight.dtype == src.dtype and not weight.is_neg())
             for module in (layer.self_attn, layer.self_attn.out_proj, *map(parts.get, _PARTS))
             for weight in module._parameters.values()
         )

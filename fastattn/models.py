@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastattn import tracing
 from fastattn.layers import FusedEncoderLayer
 
 __all__ = [
@@ -41,9 +42,9 @@ class PositionalEncoding(nn.Module):
     """x + PE, with PE[t, 2i] = sin(t / 10000^(2i / d_model)) and PE[t, 2i + 1] the cosine.
 
     From "Attention Is All You Need" (Vaswani et al., 2017), section 3.5. The encodings are a buffer
-    that is not part of ``state_dict``. They are computed again where the module gets new memory or
-    another dtype (``to_empty``, ``to``, ``half`` ...), and where it is on the "meta" device and
-    ``x`` is not, as after ``load_state_dict(..., assign=True)``.
+    that is not part of ``state_dict``. They are computed again where the module gets memory with
+    nothing in it (``to_empty``), and where it is on the "meta" device and ``x`` is not, as after
+    ``load_state_dict(..., assign=True)``, then in the dtype of ``x``.
 
     Args:
         d_model: width, even or odd.
@@ -72,18 +73,23 @@ class PositionalEncoding(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill in the encodings, computed in fp64."""
-        max_len, d_model = self.encoding.shape
         if self.encoding.is_meta:
             return
-        rate = 10_000.0 ** -(torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
-        angle = torch.arange(max_len, dtype=torch.float64)[:, None] * rate
-        table = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :d_model]
+        table = self._table()
         if hasattr(self.encoding, "device_mesh"):  # a DTensor
             from torch.distributed.tensor import distribute_tensor
 
             where = self.encoding.device_mesh, self.encoding.placements
             table = distribute_tensor(table, *where, src_data_rank=None)
         self.encoding.copy_(table)
+
+    def _table(self) -> Tensor:
+        """The encodings, (max_len, d_model) in fp64 on the CPU."""
+        max_len, d_model = self.encoding.shape
+        exact = {"dtype": torch.float64, "device": "cpu"}
+        rate = 10_000.0 ** -(torch.arange(0, d_model, 2, **exact) / d_model)
+        angle = torch.arange(max_len, **exact)[:, None] * rate
+        return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :d_model]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionalEncoding:
         before = self.encoding
@@ -93,9 +99,19 @@ class PositionalEncoding(nn.Module):
             except NotImplementedError:  # it copies, and there is nothing to copy
                 self.encoding = torch.empty_like(before, device="cpu")
         super()._apply(fn, recurse)
-        if self.encoding is not before:
+        if before.is_meta or not _holds(self.encoding, before):
             self.reset_parameters()
         return self
+
+    def _encoding_of(self, x: Tensor) -> Tensor:
+        """The encodings where they or ``x``, and not both, are on the "meta" device."""
+        if x.is_meta:
+            return self.encoding.to("meta")
+        if torch.compiler.is_compiling() or tracing.watched():  # whose tensors must not stay here
+            return self._table().to(x)
+        with torch.inference_mode(False):
+            self.encoding = self._table().to(x.device, x.dtype)
+        return self.encoding
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the encodings of the positions 0, 1, ...
@@ -116,11 +132,19 @@ class PositionalEncoding(nn.Module):
         length = x.shape[0] if between else x.shape[-2]
         if length > max_len:
             raise ValueError(f"x has {length} positions, and max_len is {max_len}")
-        if encoding.is_meta is not x.is_meta:  # as after load_state_dict(..., assign=True)
-            with torch.inference_mode(False):
-                encoding = self.to_empty(device=x.device).encoding
+        if encoding.is_meta is not x.is_meta:
+            encoding = self._encoding_of(x)
         encoding = encoding[:length]
         return x + (encoding.unsqueeze(1) if between else encoding)
+
+
+def _holds(after: Tensor, before: Tensor) -> bool:
+    """Whether ``after`` is ``before``, perhaps converted, and not memory that is yet to fill."""
+    if after is before or after.is_meta:
+        return True
+    if hasattr(after, "device_mesh"):  # a DTensor, whose parts are elsewhere
+        return False
+    return type(after) is not Tensor or torch.equal(after, before.to(after))
 
 
 class SequenceEncoder(nn.Module):

@@ -266,7 +266,7 @@ def test_add_bias_relu_is_torchs(shape, biased, threads) -> None:
 def test_inference_arguments_are_checked() -> None:
     x = torch.randn(4, 8)
     for wrong in (torch.randn(7), torch.randn(8).double(), torch.randn(16)[::2]):
-        with pytest.raises(ValueError, match="vectors"):
+        with pytest.raises(ValueError, match="bias must be"):
             extension.add_bias_relu_(x, wrong)
     with pytest.raises(ValueError, match="contiguous"):
         extension.add_bias_relu_(torch.randn(8, 4).t(), None)

@@ -11,6 +11,7 @@ import helpers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastattn import FusedEncoderLayer
 from fastattn.models import (
@@ -134,11 +135,49 @@ def test_weights_may_be_given_to_an_encoder_without_any() -> None:
     assert empty(tokens.to("meta")).is_meta
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_positions_are_as_exact_as_their_dtype(dtype: torch.dtype) -> None:
-    expected = PositionalEncoding(6, 500, dtype=dtype).encoding
-    assert torch.equal(PositionalEncoding(6, 500).to(dtype).encoding, expected)
-    assert torch.equal(PositionalEncoding(6, 500).half().to(dtype).encoding, expected)
+def test_weights_of_another_dtype_bring_positions_of_theirs() -> None:
+    whole, empty = make_encoder().bfloat16(), make_encoder(device="meta")
+    tokens, _ = make_tokens()
+    empty.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(empty.eval()(tokens), whole.eval()(tokens))
+
+
+@pytest.mark.parametrize("how", ["grad", "functionalize", "make_fx", "trace", "default device"])
+def test_what_watches_an_encoder_without_memory_stays_out_of_it(how: str) -> None:
+    whole, empty = make_encoder().eval(), make_encoder(device="meta").eval()
+    weights = {name: x.detach() for name, x in whole.state_dict().items()}
+    tokens, _ = make_tokens()
+
+    def run(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(empty, weights, (tokens,))
+
+    if how == "grad":
+        found = torch.func.grad(lambda w: run(w).square().sum())(weights)["output.bias"]
+        expected = torch.func.grad(
+            lambda w: torch.func.functional_call(whole, w, (tokens,)).square().sum()
+        )(weights)["output.bias"]
+        torch.testing.assert_close(found, expected)
+    elif how == "trace":
+        empty.load_state_dict(weights, assign=True)
+        torch.testing.assert_close(torch.jit.trace(empty, tokens)(tokens), whole(tokens))
+    elif how == "default device":
+        with torch.device("meta"):
+            torch.testing.assert_close(run(weights), whole(tokens))
+    elif how == "make_fx":
+        torch.testing.assert_close(make_fx(run)(weights)(weights), whole(tokens))
+    else:
+        torch.testing.assert_close(torch.func.functionalize(run)(weights), whole(tokens))
+    assert empty.positions.encoding.is_meta or how == "trace"  # which also checks a plain call
+    empty.load_state_dict(weights, assign=True)
+    assert torch.equal(copy.deepcopy(empty)(tokens), whole(tokens))
+
+
+@pytest.mark.parametrize("move", ["double", "bfloat16", "share_memory"])
+def test_positions_of_ones_own_stay(move: str) -> None:
+    positions = PositionalEncoding(6, 20)
+    positions.encoding.uniform_()
+    expected = getattr(positions.encoding.clone(), move.replace("share_memory", "share_memory_"))()
+    assert torch.equal(getattr(positions, move)().encoding, expected)
 
 
 def test_what_positions_refuse() -> None:

@@ -298,6 +298,10 @@ def test_memory_that_is_not_the_tensor(path) -> None:
         found = layer(torch._to_functional_tensor(src))
         torch._sync(found)
         torch.testing.assert_close(torch._from_functional_tensor(found), expected)
+        for module in (layer.linear1, layer.linear2, layer.norm1, layer.self_attn.out_proj):
+            negated = torch._neg_view(-module.bias.detach())
+            module.bias = torch.nn.Parameter(negated, requires_grad=False)
+            torch.testing.assert_close(layer(src), expected)
 
 
 def test_watchers_are_known() -> None:

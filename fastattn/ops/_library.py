@@ -200,16 +200,11 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
 def values_of(tensor: Tensor) -> list[Any] | None:
     """The numbers of a small tensor; None where they are not known or reading them would cost.
 
-    That is on a GPU, where it waits for the device, and while anything traces or transforms.
+    That is on a GPU, where it waits for the device, and while anything follows the calls.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(tensor) is not Tensor
-        or not tensor.is_cpu
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-    ):
+    if torch.compiler.is_compiling() or tracing.watched():
+        return None
+    if type(tensor) is not Tensor or not tensor.is_cpu:
         return None
     return tensor.tolist()
 

@@ -18,7 +18,6 @@ from fastattn.ops._library import (
     Function,
     apply,
     autocast_dtype,
-    check_device,
     check_dropout,
     check_floating,
     define,
@@ -267,9 +266,10 @@ def _check_sequences(
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise mismatch(name, "(B + 1,) torch.int32", got)
-    check_device(name, cu_seqlens, rows)
-    if longest < 0 or (longest == 0 and tokens > 0):
-        raise mismatch(f"max_seqlen{suffix}", "the length of the longest sequence", longest)
+    if cu_seqlens.device != rows.device:
+        raise mismatch(name, f"on {rows.device}, as the tokens are", cu_seqlens.device)
+    if longest < min(tokens, 1):
+        raise mismatch(f"max_seqlen{suffix}", f"at least 1 for {tokens} tokens", longest)
     ends = values_of(cu_seqlens)
     if ends is not None:
         if ends[0] != 0 or ends[-1] > tokens:

@@ -117,9 +117,10 @@ VARIANTS = [
     ),
 ]
 
-#: Every entry of the tables of tiles, under every boolean mask and with dropout: operands are laid
-#: out by what is loaded for them, and a byte is the narrowest. fp16 is bf16 there. A head dimension
-#: that is padded takes the tiles of masks of pairs.
+#: Every entry of the tables of tiles but those for gradients of masks, whose products take nothing
+#: from a mask; under every boolean mask and with dropout: operands are laid out by what is loaded
+#: for them, and a byte is the narrowest. fp16 is bf16 there. A head dimension that is padded takes
+#: the tiles of masks of pairs.
 LENGTHS = {64: (512, 64, 128, 256), 128: (512, 64, 128), 256: (512,), 40: (512,)}
 LAYOUTS = [
     variant
