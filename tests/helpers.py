@@ -23,6 +23,12 @@ Inputs = Mapping[str, Tensor | None]
 Results = dict[str, Tensor]
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """For a pytest inside of a test: that of this process without what it tells pytest."""
+    inherited = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**inherited, **variables}
+
+
 def results_of(
     function: Callable[..., Any],
     inputs: Inputs,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
@@ -42,7 +42,7 @@ OPS["layer_norm"] = replace(op, providers=(*op.providers, *planted))
 
 def run_pytest(*options: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfs", *options]
-    environment = {**os.environ, "PYTHONPATH": str(path), "COLUMNS": "200"}
+    environment = helpers.environment(PYTHONPATH=str(path), COLUMNS="200")
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 

@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import helpers
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
@@ -38,7 +39,7 @@ def test_interpreted_kernels() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(FOLDER)],
         cwd=FOLDER.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=helpers.environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
