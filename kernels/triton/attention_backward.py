@@ -118,6 +118,7 @@ def query_gradient_kernel(
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
+    dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
@@ -164,7 +165,7 @@ def query_gradient_kernel(
         tl.store(Delta + row + m, delta, mask=m < rows_q)
         # Where row_scale is 1, P is 1 for one key and 0 for the others, and that sum is all of dS.
         dq *= tl.where(row_scale == 1, 0.0, row_scale)[:, None]
-    store_rows(dQ, dq, dq_strides, start_m, query_blocks, head, place_q, BLOCK_M, TILE)
+    store_rows(dQ, dq, start_m, dq_strides[1], query_blocks, place_q, BLOCK_M, TILE)
 
 
 @triton.jit
@@ -315,6 +316,8 @@ def key_gradient_kernel(
     Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    dK = rows_of(dK, dk_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    dV = rows_of(dV, dv_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     if dQ is not None:
         dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
@@ -376,8 +379,8 @@ def key_gradient_kernel(
     if dQ is None:
         dk = tl.where(counts[:, None], dk, 0.0)
         dv = tl.where(counts[:, None], dv, 0.0)
-    store_rows(dK, dk, dk_strides, start_n, key_blocks, head, place_k, BLOCK_N, TILE)
-    store_rows(dV, dv, dv_strides, start_n, key_blocks, head, place_k, BLOCK_N, TILE)
+    store_rows(dK, dk, start_n, dk_strides[1], key_blocks, place_k, BLOCK_N, TILE)
+    store_rows(dV, dv, start_n, dv_strides[1], key_blocks, place_k, BLOCK_N, TILE)
 
 
 @triton.jit

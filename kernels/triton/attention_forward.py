@@ -112,6 +112,7 @@ def forward_kernel(
     Q = rows_of(Q, q_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     K = rows_of(K, k_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
+    Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
     offset = bias_offset(bias_strides, sequence, head, TILE)
@@ -144,7 +145,7 @@ def forward_kernel(
     alive = (row_sum != 0) & (m < end_m)
     row_sum = tl.where(alive, row_sum, 1.0)
     out = tl.where(alive[:, None], acc * (tl.full([], keep_scale, dtype) / row_sum)[:, None], 0.0)
-    store_rows(Out, out, out_strides, start_m, query_blocks, head, place_q, BLOCK_M, TILE)
+    store_rows(Out, out, start_m, out_strides[1], query_blocks, place_q, BLOCK_M, TILE)
     shift = row_max
     if TILE.BASE_2:
         shift += tl.log2(row_sum)

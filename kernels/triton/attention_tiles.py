@@ -171,21 +171,18 @@ def store_tile(X, tile, start, stride, end, BLOCK: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def store_rows(
-    X, tile, strides, start, n_blocks, head, place, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
-    """Write a tile of a sequence and head to (B, S, H, D) or packed (T, H, D), as far as it goes.
+def store_rows(X, tile, start, stride, n_blocks, place, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Write the rows of ``tile`` that there are.
 
     Rows of a packed sequence past ``seqlen`` have no program of their own: this one zeroes every
-    n_blocks-th tile after its own. Where they are is found again, rather than kept in registers.
+    n_blocks-th tile after its own. How many there are is found again, not kept in a register.
     """
-    first, rows, _ = sequence_of(place)
-    X = rows_of(X, strides, place[1], head, place[0], first, TILE.UNIT)
-    store_tile(X, tile, start, strides[1], rows, BLOCK, TILE)
+    _, rows, _ = sequence_of(place)
+    store_tile(X, tile, start, stride, rows, BLOCK, TILE)
     if place[0] is not None:
         zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], X.dtype.element_ty)
         for i in tl.range(1, tl.cdiv(rows - start, n_blocks * BLOCK)):
-            store_tile(X, zeros, start + i * n_blocks * BLOCK, strides[1], rows, BLOCK, TILE)
+            store_tile(X, zeros, start + i * n_blocks * BLOCK, stride, rows, BLOCK, TILE)
 
 
 @triton.jit
