@@ -323,7 +323,8 @@ def gpu_tests(python: str, ops: Sequence[str] | None, scratch: Path) -> list[Gpu
     for number, path in enumerate(gpu_test_files(ops)):
         junit = scratch / f"tests-{number}.xml"
         command = [*pytest, f"--junitxml={junit}", str(path)]
-        steps.append(GpuTests(os.path.relpath(path, ROOT), command, share=20, junit=junit))
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        steps.append(GpuTests(str(name), command, share=20, junit=junit))
     return steps
 
 
