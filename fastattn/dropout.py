@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import tracing
+from fastattn import dispatch, tracing
 
 #: Version 0 may still change its groupings; it is frozen once they have been timed on a GPU.
 CONTRACT_VERSION = 0
@@ -265,12 +265,16 @@ def draw_seed(device: torch.device) -> Tensor:
     :func:`twister_decisions`), an order of magnitude faster there than Philox in tensor operations;
     but not what ``torch.jit.trace`` records, which always follows the contract.
     """
-    from fastattn import extension
-
     seed = torch.randint(2**63 - 1, (1,), device=device)
-    if device.type == "cpu" and not extension.available() and not tracing.traced():
-        return -1 - seed
+    if device.type == "cpu" and not tracing.traced():
+        if dispatch.why_not("dropout_factor", "cpu", device) is not None:
+            return -1 - seed
     return seed
+
+
+def replays_twister(seed: Tensor) -> bool:
+    """Whether decisions are those of torch's generator: of negative seeds, on CPUs only."""
+    return seed.device.type == "cpu" and int(seed) < 0
 
 
 def twister_decisions(seed: int, site: int, dropout_p: float, shape: tuple[int, ...]) -> Tensor:

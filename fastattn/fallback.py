@@ -21,8 +21,6 @@ from fastattn.ops.arguments import AttentionArguments, FeedForwardArguments, Nor
 from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
 from fastattn.packing import pack, unpack
 
-aten = torch.ops.aten
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: at least fp32."""
@@ -156,7 +154,7 @@ def attention_backward(
         d_scores.mul_(factor)
         dropped = factor.mul_(probabilities)
     d_value = dropped.to(v.dtype).transpose(-1, -2) @ d_out
-    aten._softmax_backward_data.out(
+    torch.ops.aten._softmax_backward_data.out(
         d_scores, probabilities, -1, d_scores.dtype, grad_input=d_scores
     )
     d_padding = d_mask = None
@@ -397,13 +395,13 @@ ACTIVATIONS = {
 }
 _ACTIVATE_IN_PLACE = {
     "relu": torch.relu_,
-    "gelu": aten.gelu_,
-    "gelu_tanh": lambda x: aten.gelu_(x, approximate="tanh"),
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
     "silu": lambda x: F.silu(x, inplace=True),
     "identity": lambda x: x,
 }
 _relu_backward, _gelu_backward, _silu_backward = (
-    getattr(aten, name).grad_input
+    getattr(torch.ops.aten, name).grad_input
     for name in ("threshold_backward", "gelu_backward", "silu_backward")
 )
 _ACTIVATION_BACKWARD_IN_PLACE = {
@@ -577,7 +575,7 @@ def dropout_add_forward(
     input: Tensor, input_bias: Tensor | None, residual: Tensor | None, dropout: TokenDropout
 ) -> Tensor:
     """residual + dropout(input + input_bias), summed in at least fp32, a fresh tensor."""
-    dtype = sum_dtype(input, residual)
+    dtype = stream_dtype(input, residual)
     wide = accumulation_dtype(dtype)
     branch = input.to(wide)
     factor = dropout.factor(input, RESIDUAL, wide)
@@ -619,7 +617,7 @@ def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
 def dropout_add_composite(
     input: Tensor, input_bias: Tensor | None, residual: Tensor | None, dropout: TokenDropout
 ) -> Tensor:
-    dtype = sum_dtype(input, residual)
+    dtype = stream_dtype(input, residual)
     total = input.to(accumulation_dtype(dtype))
     if input_bias is not None:
         total = total + input_bias
@@ -629,7 +627,7 @@ def dropout_add_composite(
     return (total if residual is None else total + residual).to(dtype)
 
 
-def sum_dtype(input: Tensor, residual: Tensor | None) -> torch.dtype:
+def stream_dtype(input: Tensor, residual: Tensor | None) -> torch.dtype:
     """The dtype of the residual stream: ``input`` and ``residual`` promoted."""
     return input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
 
@@ -639,7 +637,9 @@ def layer_norm_forward(input: Tensor, arguments: NormArguments) -> tuple[Tensor,
     wide = accumulation_dtype(input.dtype)
     weight, bias = (None if x is None else x.to(wide) for x in arguments[:2])
     shape = input.shape[-1:]
-    out, mean, rstd = aten.native_layer_norm(input.to(wide), shape, weight, bias, arguments.eps)
+    out, mean, rstd = torch.ops.aten.native_layer_norm(
+        input.to(wide), shape, weight, bias, arguments.eps
+    )
     return out.to(arguments.out_dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
@@ -663,7 +663,7 @@ def layer_norm_backward(
     if save == "output":  # the same deviations from a mean of zero
         input = _normalised(input, weight, bias) / rstd.unsqueeze(-1)
         mean = torch.zeros_like(rstd)
-    grads = aten.native_layer_norm_backward(
+    grads = torch.ops.aten.native_layer_norm_backward(
         grad_out.to(wide).contiguous(),
         input,
         input.shape[-1:],

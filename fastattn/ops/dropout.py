@@ -38,7 +38,7 @@ class AttentionDropout(NamedTuple):
             decide = dropout.attention_decisions
             decisions = decide(self.seed, self.site, self.dropout_p, shape, self.head_offset)
             return decisions.to(dtype) * dropout.keep_scale(self.dropout_p)
-        return _attention_op(*self, list(shape), dtype)
+        return torch.ops.fastattn.attention_dropout_factor.default(*self, list(shape), dtype)
 
 
 class TokenDropout(NamedTuple):
@@ -64,7 +64,7 @@ class TokenDropout(NamedTuple):
     @property
     def replays_twister(self) -> bool:
         """Whether torch's generator decides; then no kernel of ours can."""
-        return _replays_twister(self.seed)
+        return dropout.replays_twister(self.seed)
 
     def of_rows(self, first: int, last: int) -> TokenDropout:
         """The dropout of the rows from ``first`` to before ``last`` on their own."""
@@ -83,9 +83,18 @@ class TokenDropout(NamedTuple):
             return None
         rows, columns = math.prod(like.shape[:-1]), like.shape[-1]
         if tracing.traced():
-            decisions = _token_decisions(*self, grouping, rows, columns)
+            decisions = self.decisions(grouping, rows, columns)
             return (decisions.to(dtype) * self.scale).view(like.shape)
-        return _token_op(*self, grouping, rows, columns, dtype).view(like.shape)
+        factor = torch.ops.fastattn.token_dropout_factor.default
+        return factor(*self, grouping, rows, columns, dtype).view(like.shape)
+
+    def decisions(self, grouping: int, rows: int, columns: int) -> Tensor:
+        """(rows, columns) bool, True where the contract keeps an element."""
+        decide = (dropout.activation_decisions, dropout.residual_decisions)[grouping]
+        rows_map = dropout.TokenRows(self.row_index, self.row_period, self.batch_first)
+        return decide(
+            self.seed, self.site, self.dropout_p, (rows, columns), rows_map, self.column_offset
+        )
 
 
 def token_dropout(
@@ -153,7 +162,7 @@ def _attention_factor(
     dtype: torch.dtype,
 ) -> Tensor:
     scale = dropout.keep_scale(dropout_p)
-    if _replays_twister(seed):
+    if dropout.replays_twister(seed):
         decisions = dropout.twister_decisions(int(seed), site, dropout_p, tuple(shape))
     elif _in_extension(seed):
         out = torch.empty(shape, dtype=dtype)
@@ -179,7 +188,7 @@ def _token_factor(
     dtype: torch.dtype,
 ) -> Tensor:
     scale = dropout.keep_scale(dropout_p)
-    if _replays_twister(seed):
+    if dropout.replays_twister(seed):
         decisions = dropout.twister_decisions(int(seed), site, dropout_p, (rows, columns))
     elif _in_extension(seed):
         out = torch.empty(rows, columns, dtype=dtype)
@@ -197,42 +206,20 @@ def _token_factor(
         )
         return out
     else:
-        decisions = _token_decisions(
-            dropout_p, seed, site, row_index, row_period, batch_first, column_offset, grouping,
-            rows, columns,
-        )  # fmt: skip
+        dropped = TokenDropout(
+            dropout_p, seed, site, row_index, row_period, batch_first, column_offset
+        )
+        decisions = dropped.decisions(grouping, rows, columns)
     return _scaled(decisions, scale, dtype)
 
 
-def _token_decisions(
-    dropout_p: float,
-    seed: Tensor,
-    site: int,
-    row_index: Tensor | None,
-    row_period: int,
-    batch_first: bool,
-    column_offset: int,
-    grouping: int,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    decide = (dropout.activation_decisions, dropout.residual_decisions)[grouping]
-    rows_map = dropout.TokenRows(row_index, row_period, batch_first)
-    return decide(seed, site, dropout_p, (rows, columns), rows_map, column_offset)
-
-
-def _replays_twister(seed: Tensor) -> bool:
-    """Negative seeds exist on CPUs only (:func:`fastattn.dropout.draw_seed`)."""
-    return seed.device.type == "cpu" and int(seed) < 0
-
-
-_attention_op = define(
+define(
     "attention_dropout_factor(float dropout_p, Tensor seed, int site, SymInt head_offset, "
     "SymInt[] shape, ScalarType dtype) -> Tensor",
     _attention_factor,
     lambda dropout_p, seed, site, head_offset, shape, dtype: seed.new_empty(shape, dtype=dtype),
 )
-_token_op = define(
+define(
     f"token_dropout_factor({TOKEN_DROPOUT.replace('Tensor? seed', 'Tensor seed')}, "
     "int grouping, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     _token_factor,

@@ -108,7 +108,7 @@ def dropout_add_layer_norm(
         raise ValueError('save="copy" needs a copy_dtype')
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
-    sum_dtype = fallback.sum_dtype(input, residual)
+    sum_dtype = fallback.stream_dtype(input, residual)
     tensors = (input, input_bias, residual, weight, bias)
     dtypes = (*dtypes_of(*tensors), out_dtype, copy_dtype)
     backend = dispatch.choose("dropout_add_layer_norm", input, backend, dtypes=dtypes)
@@ -214,7 +214,7 @@ def _fused_forward(input, input_bias, residual, weight, bias, eps, out_dtype, *o
 
 def _fused_fake(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
     *_, copy_dtype, keep_sum, _ = options
-    total = input.new_empty(input.shape, dtype=fallback.sum_dtype(input, residual))
+    total = input.new_empty(input.shape, dtype=fallback.stream_dtype(input, residual))
     out = total.new_empty(input.shape, dtype=out_dtype)
     copy = None if copy_dtype is None else out.new_empty(out.shape, dtype=copy_dtype)
     results = (out, total if keep_sum else None, copy, *statistics_fake(total))
@@ -259,7 +259,7 @@ def _dropout_add_forward(input, input_bias, residual, *options):
 
 
 def _dropout_add_fake(input, input_bias, residual, *options):
-    return input.new_empty(input.shape, dtype=fallback.sum_dtype(input, residual))
+    return input.new_empty(input.shape, dtype=fallback.stream_dtype(input, residual))
 
 
 def _dropout_add_backward(grad, input_dtype, *options):
@@ -320,7 +320,7 @@ class _DropoutAddLayerNorm(Function):
         saved = {"sum": (total, mean), "output": (out, None), "copy": (copy, None)}[save]
         remember(ctx, (*saved, rstd, weight, bias), options)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
-        ctx.sum_dtype = fallback.sum_dtype(input, residual)
+        ctx.sum_dtype = fallback.stream_dtype(input, residual)
         ctx.return_sum, ctx.save = return_sum, save
         ctx.set_materialize_grads(False)
         *_, copy_dtype, keep_sum, _ = options
