@@ -45,6 +45,10 @@ PHILOX_ROUNDS = 7
 ATTENTION, ACTIVATION, RESIDUAL_1, RESIDUAL_2 = range(4)
 SITES_PER_LAYER = 4
 
+#: The groupings of a token site: which eight elements share a Philox call. The hidden features of
+#: a feed-forward block are strided, the features of a residual branch adjacent.
+STRIDED, ADJACENT = 0, 1
+
 #: Numbers of heads, and of sites: they share counter word 3.
 HEADS = 1 << 16
 

@@ -16,11 +16,8 @@ from types import ModuleType
 import torch  # before the extension: both then share one OpenMP thread pool
 from torch import Tensor
 
-from fastattn.dropout import CONTRACT_VERSION
+from fastattn.dropout import ADJACENT, CONTRACT_VERSION, STRIDED
 from fastattn.tracing import opaque
-
-#: The groupings of a token site: which eight elements share a Philox call.
-ACTIVATION, RESIDUAL = 0, 1
 
 _BITS_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -184,7 +181,7 @@ def token_factor(
         seed: the 64-bit key, in [0, 2**63).
         site: number of the dropout site.
         threshold: lanes below it drop, see :func:`fastattn.dropout.threshold`.
-        grouping: :data:`ACTIVATION` or :data:`RESIDUAL`.
+        grouping: :data:`STRIDED` or :data:`ADJACENT`.
         row_index, period, batch_first: as in :class:`fastattn.dropout.TokenRows`.
         column_offset: global number of the first column.
 
@@ -192,8 +189,8 @@ def token_factor(
         ``out``.
     """
     _check(out, 2)
-    if grouping not in (ACTIVATION, RESIDUAL):
-        raise ValueError(f"grouping must be ACTIVATION (0) or RESIDUAL (1), but got {grouping}")
+    if grouping not in (STRIDED, ADJACENT):
+        raise ValueError(f"grouping must be STRIDED (0) or ADJACENT (1), but got {grouping}")
     if row_index is not None:
         _check_row_index(row_index, out.shape[0])
     _extension.token_factor(

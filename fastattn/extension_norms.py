@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fastattn import extension, fallback
+from fastattn.arguments import NormArguments, TokenDropout, stream_dtype
 from fastattn.dropout import threshold
 from fastattn.ops._library import check_vector, mismatch
-from fastattn.ops.arguments import NormArguments
-from fastattn.ops.dropout import TokenDropout
 from fastattn.tracing import opaque
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -71,7 +70,7 @@ class NormKernels:
         """residual + dropout(input + input_bias)."""
         if _replays_twister(dropout):
             return fallback.dropout_add_forward(input, input_bias, residual, dropout)
-        total = input.new_empty(input.shape, dtype=fallback.stream_dtype(input, residual))
+        total = input.new_empty(input.shape, dtype=stream_dtype(input, residual))
         self._forward(input, input_bias, residual, dropout, total.dtype, sum=total)
         return total
 
@@ -101,7 +100,7 @@ class NormKernels:
             return fallback.dropout_add_layer_norm_forward(
                 input, input_bias, residual, norm, dropout, copy_dtype, keep_sum
             )
-        dtype, shape = fallback.stream_dtype(input, residual), input.shape
+        dtype, shape = stream_dtype(input, residual), input.shape
         out = input.new_empty(shape, dtype=norm.out_dtype)
         total = input.new_empty(shape, dtype=dtype) if keep_sum else None
         copy = None if copy_dtype is None else input.new_empty(shape, dtype=copy_dtype)

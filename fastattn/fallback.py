@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import dispatch, extension, tracing
+from fastattn.arguments import (
+    AttentionArguments,
+    FeedForwardArguments,
+    NormArguments,
+    TokenDropout,
+    accumulation_dtype,
+    autocast_off,
+    stream_dtype,
+)
+from fastattn.dropout import ADJACENT, STRIDED
 from fastattn.masks import Masks
-from fastattn.ops._library import autocast_off
-from fastattn.ops.arguments import AttentionArguments, FeedForwardArguments, NormArguments
-from fastattn.ops.dropout import ACTIVATION, RESIDUAL, TokenDropout
 from fastattn.packing import pack, unpack
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
 
 # ------------------------------------------------------------------------- a layer, for inference
 
@@ -341,14 +342,6 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def like_query(query: Tensor) -> Tensor:
-    """An empty contiguous tensor of ``query``'s shape, sequence-first in memory where it is."""
-    if query.dim() >= 4 and query.stride(0) < query.stride(1):
-        batch, length = query.shape[:2]
-        return query.new_empty(length, batch, *query.shape[2:]).transpose(0, 1)
-    return query.new_empty(query.shape)
-
-
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments
 ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionArguments]:
@@ -431,7 +424,7 @@ def _adds_bias_in_place(input: Tensor) -> bool:
 
 def _activation_factor(dropout: TokenDropout, hidden: Tensor) -> Tensor | None:
     """The multiplier of ``hidden``, at least fp32: in bf16 1 / keep itself is 0.2 % off."""
-    return dropout.factor(hidden, ACTIVATION, accumulation_dtype(hidden.dtype))
+    return dropout.factor(hidden, STRIDED, accumulation_dtype(hidden.dtype))
 
 
 def _activate(hidden: Tensor, activation: str, factor: Tensor | None) -> Tensor:
@@ -578,7 +571,7 @@ def dropout_add_forward(
     dtype = stream_dtype(input, residual)
     wide = accumulation_dtype(dtype)
     branch = input.to(wide)
-    factor = dropout.factor(input, RESIDUAL, wide)
+    factor = dropout.factor(input, ADJACENT, wide)
     if factor is None:
         total = branch.clone() if residual is None else branch + residual
         if input_bias is not None:
@@ -598,7 +591,7 @@ def dropout_add_backward(
     None where not ``wanted``. The gradient of the residual is ``grad``.
     """
     wide = accumulation_dtype(grad.dtype)
-    factor = dropout.factor(grad, RESIDUAL, wide)
+    factor = dropout.factor(grad, ADJACENT, wide)
     dropped = grad if factor is None else factor.mul_(grad)
     d_branch = d_bias = None
     if wanted[0]:
@@ -621,15 +614,10 @@ def dropout_add_composite(
     total = input.to(accumulation_dtype(dtype))
     if input_bias is not None:
         total = total + input_bias
-    factor = dropout.factor(input, RESIDUAL, total.dtype)
+    factor = dropout.factor(input, ADJACENT, total.dtype)
     if factor is not None:
         total = total * factor
     return (total if residual is None else total + residual).to(dtype)
-
-
-def stream_dtype(input: Tensor, residual: Tensor | None) -> torch.dtype:
-    """The dtype of the residual stream: ``input`` and ``residual`` promoted."""
-    return input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
 
 
 def layer_norm_forward(input: Tensor, arguments: NormArguments) -> tuple[Tensor, Tensor, Tensor]:

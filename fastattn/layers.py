@@ -14,8 +14,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import dispatch, dropout, fallback, masks, packing, tracing
+from fastattn.arguments import autocast_dtype
 from fastattn.norms import FusedLayerNorm
-from fastattn.ops._library import autocast_dtype, check_save
+from fastattn.ops._library import check_save
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm

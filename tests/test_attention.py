@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import attention, attention_packed
-from fastattn.ops.arguments import AttentionArguments
+from fastattn.arguments import AttentionArguments
 
 INF = float("inf")
 P = 0.125  # 2048 / 16384: eager's 1 / (1 - p) is then exactly the contract's scale

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fastattn import dropout, extension
-from fastattn.dropout import TokenRows
-from fastattn.ops.dropout import ACTIVATION, RESIDUAL, AttentionDropout, TokenDropout
+from fastattn.arguments import AttentionDropout, TokenDropout
+from fastattn.dropout import ADJACENT, STRIDED, TokenRows
 
 SEEDS = (0, 1, 2**32 + 5, 2**62, 2**62 + 987654321, 2**63 - 1)
 PROBABILITIES = (0.0, 3e-5, 1 / 16384, 0.1, 0.5, 0.999, 1.0)
 TOKEN_SITES = {
-    "activation": (dropout.activation_decisions, reference.activation_keep, ACTIVATION),
-    "residual": (dropout.residual_decisions, reference.residual_keep, RESIDUAL),
+    "activation": (dropout.activation_decisions, reference.activation_keep, STRIDED),
+    "residual": (dropout.residual_decisions, reference.residual_keep, ADJACENT),
 }
 token_sites = pytest.mark.parametrize("kind", TOKEN_SITES)
 
@@ -319,9 +319,9 @@ def test_a_negative_seed_means_the_twister(kind: str) -> None:
 
 @pytest.fixture(params=["with extension", "without extension"])
 def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether ``draw_seed`` finds the C++ extension; it asks ``extension.available`` alone."""
+    """Whether ``draw_seed`` finds the C++ extension; it asks ``extension.why_not`` alone."""
     built = request.param == "with extension"
-    monkeypatch.setattr(extension, "available", lambda: built)
+    monkeypatch.setattr(extension, "why_not", lambda: None if built else "not built")
     return built
 
 
@@ -378,7 +378,7 @@ def test_registration() -> None:
     index = torch.arange(6).int()
     for seed in (tensor(5), tensor(-5)):
         torch.library.opcheck(ops.attention, (0.1, seed, 3, 1, [2, 3, 5, 7], torch.float32))
-        for grouping in (ACTIVATION, RESIDUAL):
+        for grouping in (STRIDED, ADJACENT):
             rows = (0.1, seed, 3, index, 2, False)
             torch.library.opcheck(ops.token, (*rows, 5, grouping, 6, 9, torch.bfloat16))
             torch.library.opcheck(ops.token, (*rows, 0, grouping, 6, 64, torch.float32))

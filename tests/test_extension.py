@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dropout, dropout_add, extension, extension_norms
-from fastattn.ops.arguments import NormArguments
+from fastattn.arguments import NormArguments
 
 needs_extension = pytest.mark.skipif(not extension.available(), reason=str(extension.why_not()))
 
@@ -23,8 +23,8 @@ DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float6
 SEEDS = (0, 1, 2**32 + 5, 2**62 + 987654321, 2**63 - 1)
 PROBABILITIES = (1e-4, 0.1, 0.5, 1.0)
 DECISIONS = {
-    extension.ACTIVATION: dropout.activation_decisions,
-    extension.RESIDUAL: dropout.residual_decisions,
+    dropout.STRIDED: dropout.activation_decisions,
+    dropout.ADJACENT: dropout.residual_decisions,
 }
 
 
@@ -180,16 +180,16 @@ def test_calls_from_several_threads_agree() -> None:
 def test_wrong_arguments_are_named() -> None:
     square = torch.empty(4, 4)
     with pytest.raises(ValueError, match="out must be a contiguous tensor on the CPU"):
-        extension.token_factor(square.t()[:, :2], 1.0, 0, 0, 5, extension.RESIDUAL)
+        extension.token_factor(square.t()[:, :2], 1.0, 0, 0, 5, dropout.ADJACENT)
     with pytest.raises(ValueError, match="out must have 4 dimensions"):
         extension.attention_factor(square, 1.0, 0, 0, 5)
     with pytest.raises(TypeError, match="out must be bool"):
-        extension.token_factor(square.int(), 1.0, 0, 0, 5, extension.RESIDUAL)
+        extension.token_factor(square.int(), 1.0, 0, 0, 5, dropout.ADJACENT)
     with pytest.raises(ValueError, match="grouping must be"):
         extension.token_factor(square, 1.0, 0, 0, 5, 2)
     for row_index in (torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"row_index must be int32 of shape \(4,\)"):
-            extension.token_factor(square, 1.0, 0, 0, 5, extension.RESIDUAL, row_index)
+            extension.token_factor(square, 1.0, 0, 0, 5, dropout.ADJACENT, row_index)
 
 
 WITHOUT_EXTENSION = """

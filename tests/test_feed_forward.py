@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import bias_activation_dropout, feed_forward
+from fastattn.arguments import TokenDropout
 from fastattn.ops import feed_forward as op
-from fastattn.ops.dropout import TokenDropout
 
 SEEDS = {"contract": SEED, "twister": -7}
 

@@ -22,7 +22,7 @@ from feed_forward_checks import EAGER, SEED, SITE, P, eager_feed_forward, seed_t
 from test_gpu_layer_norm import there
 from torch import Tensor
 
-from fastattn import FusedEncoderLayer, dispatch, explain, feed_forward, tuning
+from fastattn import FusedEncoderLayer, dispatch, explain, feed_forward, tuned, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -388,7 +388,7 @@ def test_the_allocator_of_the_caller_stays(backend: str) -> None:
 
 
 def test_a_layer_takes_what_was_measured_as_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_table", {})
+    monkeypatch.setattr(tuned, "_table", {})
     layer = FusedEncoderLayer(64, 4, 256, batch_first=True, device=DEVICE, dtype=bf16)
     x = torch.randn(2, 8, 64, device=DEVICE, dtype=bf16)
     text = str(explain(layer, x))
@@ -397,5 +397,5 @@ def test_a_layer_takes_what_was_measured_as_faster(monkeypatch: pytest.MonkeyPat
     assert entry.architecture == "sm_{}{}".format(*torch.cuda.get_device_capability(DEVICE))
     assert len(entry.rounds) == tuning.ROUNDS and min(entry.rounds) > 0
     for speedup, taken in ((2.0, "triton_gemm"), (0.5, "triton")):
-        tuning._take([replace(entry, speedup=speedup)])
+        tuned.take([replace(entry, speedup=speedup)])
         assert f"feed_forward: {taken}" in str(explain(layer, x)).split("\n")

@@ -22,7 +22,7 @@ from fastattn import (
     extension,
     layer_norm,
 )
-from fastattn.ops.dropout import TokenDropout
+from fastattn.arguments import TokenDropout
 from fastattn.ops.layer_norm import MIN_WEIGHT, why_not_from_output
 
 P = 0.125

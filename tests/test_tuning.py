@@ -16,8 +16,9 @@ import torch
 from pairs import HEADS, HIDDEN, WIDTH, tokens
 
 import fastattn
-from fastattn import FusedEncoderLayer, dispatch, explain, fallback, feed_forward, tuning
-from fastattn.tuning import ANCHOR, BUCKETS, CANDIDATE, LEAST_SPEEDUP, Entry, load, tune
+from fastattn import FusedEncoderLayer, dispatch, explain, fallback, feed_forward, tuned, tuning
+from fastattn.tuned import ANCHOR, BUCKETS, CANDIDATE, LEAST_SPEEDUP, Entry, load
+from fastattn.tuning import tune
 
 CPU = torch.device("cpu")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "identity")
@@ -28,7 +29,7 @@ GPU_NAME = "Some GPU"
 def table(monkeypatch: pytest.MonkeyPatch) -> dict[tuple, Any]:
     """An empty table, in the place of the one that this process has."""
     empty: dict[tuple, Any] = {}
-    monkeypatch.setattr(tuning, "_table", empty)
+    monkeypatch.setattr(tuned, "_table", empty)
     return empty
 
 
@@ -49,7 +50,7 @@ def make_entry(**changes: Any) -> Entry:
 
 def add(**changes: Any) -> None:
     """To what this process has measured."""
-    tuning._take([make_entry(**changes)])
+    tuned.take([make_entry(**changes)])
 
 
 def why_not_chosen(**changes: Any) -> str | None:
@@ -62,14 +63,14 @@ def why_not_chosen(**changes: Any) -> str | None:
         "widths": (64, 256, 64),
         "column_offset": 0,
     }
-    return tuning.why_not_chosen(**{**facts, **changes})
+    return tuned.why_not_chosen(**{**facts, **changes})
 
 
 # -------------------------------------------------------------------------------- what is chosen
 
 
 def test_the_shipped_measurements_are_valid(table) -> None:
-    entries = load(tuning._SHIPPED)
+    entries = load(tuned._SHIPPED)
     assert len(table) == len(entries)  # no call is measured twice
     for entry in entries:
         assert entry.architecture.startswith("sm_") and entry.dtype in ("bfloat16", "float16")
@@ -186,7 +187,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         CANDIDATE,
         SimpleNamespace(**directions),
         lambda activation="", **_: "not silu" if activation == "silu" else None,
-        unasked=tuning.why_not_chosen,
+        unasked=tuned.why_not_chosen,
     )
     dispatch.register("feed_forward", ANCHOR, fallback, lambda **_: None)
     return ran
@@ -524,7 +525,7 @@ def test_a_file_stays_whole_where_writing_fails(timer: Timer, tmp_path, monkeypa
         raise OSError("no space")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tuning.os, "replace", fail)
+        patched.setattr(tuned.os, "replace", fail)
         with pytest.raises(OSError, match="no space"):
             tune_here(write=path)
     assert path.read_bytes() == before

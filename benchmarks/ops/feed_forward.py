@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from fastattn import dispatch, tuning
+from fastattn import dispatch, tuned
 from fastattn.dropout import draw_seed
 
 from ..cases import Case, Cost, Op, Provider, with_compiled
@@ -76,7 +76,7 @@ def why_not_gemm(case: Case, device: str) -> str | None:
         "activation": case.activation,
     }
     reason = dispatch.why_not("feed_forward", "triton_gemm", torch.device(device), **facts)
-    if reason is None and tuning.why_not_chosen(torch.device(device), **facts) is None:
+    if reason is None and tuned.why_not_chosen(torch.device(device), **facts) is None:
         return "it is what fastattn chooses here"
     return reason
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +16,6 @@ from fastattn.dropout import check_seed, check_site
 _library = torch.library.Library("fastattn", "DEF")
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-#: The fields of :class:`fastattn.ops.dropout.TokenDropout`, as an op schema declares them.
-TOKEN_DROPOUT = (
-    "float dropout_p, Tensor? seed, int site, "
-    "Tensor? row_index, SymInt row_period, bool batch_first, SymInt column_offset"
-)
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Any:
@@ -59,21 +52,6 @@ class Function(torch.autograd.Function):
     def __init_subclass__(cls) -> None:
         tracing.not_entered(cls.forward)
         tracing.not_entered(cls.backward)
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype autocast wants matrix products of ``tensor`` in, None where it is off."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def autocast_off(tensor: Tensor) -> AbstractContextManager:
-    """Where no product of ``tensor`` is cast; for what runs outside of an op."""
-    if autocast_dtype(tensor) is None:
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:

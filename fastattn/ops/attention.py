@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, fallback, tracing
+from fastattn.arguments import (
+    ATTENTION_ARGUMENTS,
+    AttentionArguments,
+    accumulation_dtype,
+    autocast_dtype,
+    like_query,
+)
 from fastattn.dropout import HEADS
 from fastattn.ops._library import (
     Function,
     apply,
-    autocast_dtype,
     check_dropout,
     check_floating,
     define,
@@ -31,7 +37,6 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
-from fastattn.ops.arguments import ATTENTION_ARGUMENTS, AttentionArguments
 
 
 def attention(
@@ -384,8 +389,8 @@ def _results(query: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         is_added = any(mask is not None and mask.is_floating_point() for mask in masks)
         numbers = 2 if is_added or query.element_size() > 2 else 1
         shape = (numbers, *batch, heads, length)
-    statistics = query.new_empty(shape, dtype=fallback.accumulation_dtype(query.dtype))
-    return fallback.like_query(query), statistics
+    statistics = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+    return like_query(query), statistics
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -412,7 +417,7 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     arguments = AttentionArguments(*options)
-    gradients = tuple(fallback.like_query(x) for x in (query, key, value))
+    gradients = tuple(like_query(x) for x in (query, key, value))
     of_masks = dispatch.functions("attention", arguments.backend).attention_backward(
         grad_out,
         query,
@@ -439,7 +444,7 @@ def _mask_gradients_fake(
 
 def _backward_fake(grad_out, query, key, value, out, statistics, grad_padding, grad_mask, *options):
     masks = _mask_gradients_fake(query, grad_padding, grad_mask, AttentionArguments(*options))
-    return *(fallback.like_query(x) for x in (query, key, value)), *masks
+    return *(like_query(x) for x in (query, key, value)), *masks
 
 
 def _packed_forward(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -460,7 +465,7 @@ def _packed_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = AttentionArguments(*options)
-    d_qkv = fallback.like_query(qkv)
+    d_qkv = like_query(qkv)
     of_masks = dispatch.functions("attention_packed", arguments.backend).attention_backward(
         grad_out,
         *qkv.unbind(-3),
@@ -475,7 +480,7 @@ def _packed_backward(
 
 def _packed_backward_fake(grad_out, qkv, out, statistics, grad_padding, grad_mask, *options):
     masks = _mask_gradients_fake(qkv, grad_padding, grad_mask, AttentionArguments(*options))
-    return fallback.like_query(qkv), *masks
+    return like_query(qkv), *masks
 
 
 _RESULT = "(Tensor out, Tensor statistics)"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, fallback
+from fastattn.arguments import TOKEN_DROPOUT, TokenDropout, accumulation_dtype
 from fastattn.ops._library import (
-    TOKEN_DROPOUT,
     Function,
     apply,
     check_dropout,
@@ -25,7 +25,7 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
-from fastattn.ops.dropout import TokenDropout, token_dropout
+from fastattn.ops.dropout import token_dropout
 
 
 def bias_activation_dropout(
@@ -124,7 +124,7 @@ def _backward(grad_out, input, bias, want_bias, activation, *options):
 
 
 def _backward_fake(grad_out, input, bias, want_bias, *options):
-    wide = fallback.accumulation_dtype(grad_out.dtype)
+    wide = accumulation_dtype(grad_out.dtype)
     d_bias = grad_out.new_empty(input.shape[-1:], dtype=wide) if want_bias else None
     return _forward_fake(input, bias), grad_out.new_empty(0) if d_bias is None else d_bias
 

@@ -6,95 +6,12 @@ Backends: ``cpu`` (the C++ extension) and ``pytorch`` (:mod:`fastattn.dropout`).
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, dropout, extension, tracing
-from fastattn.extension import ACTIVATION as ACTIVATION
-from fastattn.extension import RESIDUAL as RESIDUAL
-from fastattn.ops._library import TOKEN_DROPOUT, check_device, define, mismatch
-
-
-class AttentionDropout(NamedTuple):
-    """Dropout of attention probabilities (B, H, Sq, Sk)."""
-
-    dropout_p: float = 0.0
-    seed: Tensor | None = None  # (1,) int64
-    site: int = 0
-    head_offset: int = 0  # global number of the first head
-
-    @property
-    def drops(self) -> bool:
-        return dropout.threshold(self.dropout_p) > 0
-
-    def factor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Tensor of ``shape`` to multiply by, None where nothing drops."""
-        if not self.drops:
-            return None
-        if tracing.traced():
-            decide = dropout.attention_decisions
-            decisions = decide(self.seed, self.site, self.dropout_p, shape, self.head_offset)
-            return decisions.to(dtype) * dropout.keep_scale(self.dropout_p)
-        return torch.ops.fastattn.attention_dropout_factor.default(*self, list(shape), dtype)
-
-
-class TokenDropout(NamedTuple):
-    """Dropout of a token tensor (..., columns), whose leading dimensions are its rows."""
-
-    dropout_p: float = 0.0
-    seed: Tensor | None = None  # (1,) int64
-    site: int = 0
-    row_index: Tensor | None = None  # (rows,) int32: see dropout.TokenRows
-    row_period: int = 1
-    batch_first: bool = True
-    column_offset: int = 0  # global number of the first column
-
-    @property
-    def drops(self) -> bool:
-        return dropout.threshold(self.dropout_p) > 0
-
-    @property
-    def scale(self) -> float:
-        """What a kept element is multiplied by."""
-        return dropout.keep_scale(self.dropout_p)
-
-    @property
-    def replays_twister(self) -> bool:
-        """Whether torch's generator decides; then no kernel of ours can."""
-        return dropout.replays_twister(self.seed)
-
-    def of_rows(self, first: int, last: int) -> TokenDropout:
-        """The dropout of the rows from ``first`` to before ``last`` on their own."""
-        if not self.drops:
-            return self
-        if self.replays_twister:  # which knows no rows: another seed, negative too
-            return self._replace(seed=torch.div(self.seed, 2, rounding_mode="floor") - first)
-        if self.row_index is not None:
-            return self._replace(row_index=self.row_index[first:last])
-        index = torch.arange(first, last, dtype=torch.int32, device=self.seed.device)
-        return self._replace(row_index=index)
-
-    def factor(self, like: Tensor, grouping: int, dtype: torch.dtype) -> Tensor | None:
-        """Tensor of ``like``'s shape to multiply by, None where nothing drops."""
-        if not self.drops:
-            return None
-        rows, columns = math.prod(like.shape[:-1]), like.shape[-1]
-        if tracing.traced():
-            decisions = self.decisions(grouping, rows, columns)
-            return (decisions.to(dtype) * self.scale).view(like.shape)
-        factor = torch.ops.fastattn.token_dropout_factor.default
-        return factor(*self, grouping, rows, columns, dtype).view(like.shape)
-
-    def decisions(self, grouping: int, rows: int, columns: int) -> Tensor:
-        """(rows, columns) bool, True where the contract keeps an element."""
-        decide = (dropout.activation_decisions, dropout.residual_decisions)[grouping]
-        rows_map = dropout.TokenRows(self.row_index, self.row_period, self.batch_first)
-        return decide(
-            self.seed, self.site, self.dropout_p, (rows, columns), rows_map, self.column_offset
-        )
+from fastattn import dispatch, dropout, extension
+from fastattn.arguments import TOKEN_DROPOUT, TokenDropout
+from fastattn.ops._library import check_device, define, mismatch
 
 
 def token_dropout(

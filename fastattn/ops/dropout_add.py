@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, fallback
-from fastattn.ops._library import (
+from fastattn.arguments import (
+    NORM_ARGUMENTS,
     TOKEN_DROPOUT,
+    NormArguments,
+    TokenDropout,
+    accumulation_dtype,
+    stream_dtype,
+)
+from fastattn.ops._library import (
     Function,
     apply,
     check_device,
@@ -30,8 +37,7 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
-from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
-from fastattn.ops.dropout import TokenDropout, token_dropout
+from fastattn.ops.dropout import token_dropout
 from fastattn.ops.layer_norm import (
     check_norm,
     check_second_order,
@@ -108,7 +114,7 @@ def dropout_add_layer_norm(
         raise ValueError('save="copy" needs a copy_dtype')
     check_dropout(dropout_p, seed, site, input)
     dropout = token_dropout(input, dropout_p, seed, site, row_index, row_period, batch_first)
-    sum_dtype = fallback.stream_dtype(input, residual)
+    sum_dtype = stream_dtype(input, residual)
     tensors = (input, input_bias, residual, weight, bias)
     dtypes = (*dtypes_of(*tensors), out_dtype, copy_dtype)
     backend = dispatch.choose("dropout_add_layer_norm", input, backend, dtypes=dtypes)
@@ -117,7 +123,7 @@ def dropout_add_layer_norm(
     if composite or (leaves_it_to_torch(backend, sum_dtype, save) and not dropout.drops):
         total = _plain_sum(composite, input, input_bias, residual, dropout)
         dtype = arguments.out_dtype
-        wide = dtype if copy_dtype is None else fallback.accumulation_dtype(total.dtype)
+        wide = dtype if copy_dtype is None else accumulation_dtype(total.dtype)
         exact = fallback.layer_norm_composite(
             total, weight, bias, arguments._replace(out_dtype=wide)
         )
@@ -214,7 +220,7 @@ def _fused_forward(input, input_bias, residual, weight, bias, eps, out_dtype, *o
 
 def _fused_fake(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
     *_, copy_dtype, keep_sum, _ = options
-    total = input.new_empty(input.shape, dtype=fallback.stream_dtype(input, residual))
+    total = input.new_empty(input.shape, dtype=stream_dtype(input, residual))
     out = total.new_empty(input.shape, dtype=out_dtype)
     copy = None if copy_dtype is None else out.new_empty(out.shape, dtype=copy_dtype)
     results = (out, total if keep_sum else None, copy, *statistics_fake(total))
@@ -259,7 +265,7 @@ def _dropout_add_forward(input, input_bias, residual, *options):
 
 
 def _dropout_add_fake(input, input_bias, residual, *options):
-    return input.new_empty(input.shape, dtype=fallback.stream_dtype(input, residual))
+    return input.new_empty(input.shape, dtype=stream_dtype(input, residual))
 
 
 def _dropout_add_backward(grad, input_dtype, *options):
@@ -271,7 +277,7 @@ def _dropout_add_backward(grad, input_dtype, *options):
 
 def _dropout_add_backward_fake(grad, input_dtype, *options):
     want_branch, want_bias = options[-1]
-    wide = fallback.accumulation_dtype(grad.dtype)
+    wide = accumulation_dtype(grad.dtype)
     d_branch = grad.new_empty(grad.shape, dtype=input_dtype) if want_branch else None
     d_bias = grad.new_empty(grad.shape[-1:], dtype=wide) if want_bias else None
     return _or_empty((d_branch, d_bias), grad)
@@ -320,7 +326,7 @@ class _DropoutAddLayerNorm(Function):
         saved = {"sum": (total, mean), "output": (out, None), "copy": (copy, None)}[save]
         remember(ctx, (*saved, rstd, weight, bias), options)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
-        ctx.sum_dtype = fallback.stream_dtype(input, residual)
+        ctx.sum_dtype = stream_dtype(input, residual)
         ctx.return_sum, ctx.save = return_sum, save
         ctx.set_materialize_grads(False)
         *_, copy_dtype, keep_sum, _ = options

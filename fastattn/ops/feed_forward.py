@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dispatch, fallback, tracing, tuning
-from fastattn.ops._library import (
+from fastattn import dispatch, fallback, tracing, tuned
+from fastattn.arguments import (
     TOKEN_DROPOUT,
+    FeedForwardArguments,
+    TokenDropout,
+    accumulation_dtype,
+    autocast_dtype,
+)
+from fastattn.ops._library import (
     Function,
     apply,
-    autocast_dtype,
     check_dropout,
     check_rows,
     check_save,
@@ -32,9 +37,8 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
-from fastattn.ops.arguments import FeedForwardArguments
 from fastattn.ops.bias_activation_dropout import check_activation, why_not_triton
-from fastattn.ops.dropout import TokenDropout, token_dropout
+from fastattn.ops.dropout import token_dropout
 
 #: What feed_forward may keep for backward: one (tokens, d_ff) tensor, or only its input.
 SAVE_LEVELS = ("hidden", "input")
@@ -193,8 +197,8 @@ dispatch.register(
     "triton_gemm",
     "fastattn.kernels.feed_forward_gemm",
     why_not_triton_gemm,
-    unasked=tuning.why_not_chosen,
-    because=tuning.why_chosen,
+    unasked=tuned.why_not_chosen,
+    because=tuned.why_chosen,
 )
 dispatch.register("feed_forward", "triton", "fastattn.kernels.feed_forward", why_not_triton)
 dispatch.register("feed_forward", "pytorch", fallback)
@@ -281,7 +285,7 @@ def _added(
     if not sums:
         return more
     return tuple(
-        None if b is None else a.to(fallback.accumulation_dtype(a.dtype)).add_(b)
+        None if b is None else a.to(accumulation_dtype(a.dtype)).add_(b)
         for a, b in zip(sums, more, strict=True)
     )
 

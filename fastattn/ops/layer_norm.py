@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import dispatch, extension, extension_norms, fallback
+from fastattn.arguments import NORM_ARGUMENTS, NormArguments, accumulation_dtype
 from fastattn.ops._library import (
     Function,
     apply,
@@ -24,7 +25,6 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
-from fastattn.ops.arguments import NORM_ARGUMENTS, NormArguments
 
 #: What layer_norm may keep for backward.
 SAVE_LEVELS = ("input", "output")
@@ -109,7 +109,7 @@ def leaves_it_to_torch(backend: str, dtype: torch.dtype, save: str) -> bool:
 def norm_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
     """The dtype of a norm's result: as in torch, autocast on a GPU normalises in fp32."""
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return fallback.accumulation_dtype(dtype)
+        return accumulation_dtype(dtype)
     return dtype
 
 
@@ -191,7 +191,7 @@ def _forward(input, weight, bias, eps, out_dtype, backend):
 
 def statistics_fake(input: Tensor) -> tuple[Tensor, Tensor]:
     """Empty mean and rstd."""
-    dtype = fallback.accumulation_dtype(input.dtype)
+    dtype = accumulation_dtype(input.dtype)
     return tuple(input.new_empty(input.shape[:-1], dtype=dtype) for _ in range(2))
 
 

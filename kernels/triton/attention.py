@@ -38,7 +38,7 @@ def attention_forward(
         query: (B, Sq, H, D), or (Tq, H, D) packed. Where features are not adjacent, the kernels
             read a copy.
         key, value: (B, Sk, H, D), or (Tk, H, D) packed.
-        arguments: an :class:`fastattn.ops.arguments.AttentionArguments`.
+        arguments: an :class:`fastattn.arguments.AttentionArguments`.
         out: where to write, like ``query``, with adjacent features.
         statistics: (1, B, H, Sq), or (1, H, Tq) packed, fp32 (fp64 for fp64), contiguous: where to
             write the logarithm to base 2 of the softmax's denominator. Or (2, B, H, Sq): the

@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.arguments import TokenDropout
 from fastattn.dropout import threshold
 from fastattn.kernels.activations import activate, activation_backward
 from fastattn.kernels.attention_configs import capability, multiprocessors
 from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.dropout import activation_words, is_kept, token_coordinates
-from fastattn.ops.dropout import TokenDropout
 
 SLICES = 8  # of a block of 64 columns
 ACCESS_BYTES = 16  # of the widest load and store

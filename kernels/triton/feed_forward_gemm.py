@@ -20,14 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.arguments import FeedForwardArguments, TokenDropout
 from fastattn.dropout import threshold
 from fastattn.kernels.activations import activate, activation_backward
 from fastattn.kernels.attention_configs import capability, multiprocessors
 from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.dropout import INTERPRETED, LANE, activation_words, token_coordinates
 from fastattn.kernels.feed_forward import FeedForward
-from fastattn.ops.arguments import FeedForwardArguments
-from fastattn.ops.dropout import TokenDropout
 
 ALIGNMENT = 16  # bytes, of the rows of a factor
 GROUP_M = tl.constexpr(8)  # tiles below each other that are made together, for the L2 cache

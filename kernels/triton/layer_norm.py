@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.arguments import TokenDropout
 from fastattn.dropout import threshold
 from fastattn.kernels.attention_configs import multiprocessors
 from fastattn.kernels.column_sums import sum_parts
@@ -26,7 +27,6 @@ from fastattn.kernels.layer_norm_backward import (
 )
 from fastattn.kernels.layer_norm_forward import forward_kernel, sum_kernel, wide_forward_kernel
 from fastattn.kernels.layer_norm_tiles import Tile
-from fastattn.ops.dropout import TokenDropout
 
 GROUP = 8  # columns that share a call of Philox
 ACCESS_BYTES = 16  # of the widest load and store
@@ -40,7 +40,7 @@ def layer_norm_forward(input: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor
 
     Args:
         input: one whose rows are not evenly spaced, or whose columns are not adjacent, is copied.
-        norm: a :class:`fastattn.ops.arguments.NormArguments`.
+        norm: a :class:`fastattn.arguments.NormArguments`.
     """
     out, _, _, mean, rstd = dropout_add_layer_norm_forward(
         input, None, None, norm, TokenDropout(), None, False

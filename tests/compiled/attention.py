@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from compiled.variants import Extra, Kernel, Region, Variant
+from fastattn.arguments import AttentionArguments
 from fastattn.kernels.attention import attention_backward, attention_forward
-from fastattn.ops.arguments import AttentionArguments
 from fastattn.ops.attention import _results
 
 BATCH, HEADS = 4, 16

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from compiled.variants import Kernel, Region, Variant
+from fastattn.arguments import NormArguments, TokenDropout
 from fastattn.kernels.layer_norm import (
     dropout_add_backward,
     dropout_add_forward,
@@ -15,8 +16,6 @@ from fastattn.kernels.layer_norm import (
     layer_norm_backward,
     layer_norm_forward,
 )
-from fastattn.ops.arguments import NormArguments
-from fastattn.ops.dropout import TokenDropout
 
 ROWS = 4096
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -37,10 +37,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from fastattn import FusedEncoderLayer, attention, attention_packed, dispatch, explain, use_backend
+from fastattn.arguments import AttentionArguments
 from fastattn.kernels import attention as kernels
 from fastattn.kernels import attention_configs
 from fastattn.kernels.attention import Config
-from fastattn.ops.arguments import AttentionArguments
 
 # Of the tests of the op these are left out, and replaced below:
 del test_scale  # noqa: F821  its scale is negative

@@ -20,8 +20,8 @@ from fastattn import (
     explain,
     use_backend,
 )
+from fastattn.arguments import TokenDropout
 from fastattn.kernels import bias_activation_dropout as kernels
-from fastattn.ops.dropout import TokenDropout
 
 P = 0.125
 SEED = 2**62 + 54321

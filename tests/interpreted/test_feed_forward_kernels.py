@@ -15,9 +15,9 @@ from feed_forward_checks import EAGER, LAYOUTS, P, check, seed_tensor
 from sanitizer import Sanitizer
 from torch import Tensor
 
-from fastattn import FusedEncoderLayer, explain, feed_forward, tuning, use_backend
+from fastattn import FusedEncoderLayer, explain, feed_forward, tuned, use_backend
+from fastattn.arguments import TokenDropout
 from fastattn.kernels import feed_forward_gemm as gemm
-from fastattn.ops.dropout import TokenDropout
 
 BACKENDS = ("triton", "triton_gemm")
 SAVE_LEVELS = ("hidden", "input")
@@ -302,9 +302,9 @@ def test_without_a_measurement_torchs_products_are_taken() -> None:
 @pytest.mark.parametrize("speedup", [1.5, 0.9])
 def test_a_measurement_chooses(speedup: float, monkeypatch) -> None:
     facts = ("cpu", "float32", "gelu", 40, 136, 1024)
-    entry = tuning.Entry(*facts, speedup, (speedup,), {"gpu": "this one"})
-    monkeypatch.setattr(tuning, "_table", {})
-    tuning._take([entry])
+    entry = tuned.Entry(*facts, speedup, (speedup,), {"gpu": "this one"})
+    monkeypatch.setattr(tuned, "_table", {})
+    tuned.take([entry])
     inputs = {**make_inputs(d_out=40), "activation": "gelu"}
     with torch.no_grad():
         expected = feed_forward(**inputs, backend="triton_gemm" if speedup > 1 else "triton")

@@ -16,10 +16,9 @@ from sanitizer import Sanitizer
 from torch import Tensor
 
 import fastattn
+from fastattn.arguments import NormArguments, TokenDropout
 from fastattn.kernels import column_sums
 from fastattn.kernels import layer_norm as kernels
-from fastattn.ops.arguments import NormArguments
-from fastattn.ops.dropout import TokenDropout
 
 P = 0.125
 SEED = 2**62 + 54321
