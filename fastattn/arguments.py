@@ -6,6 +6,7 @@ And the dtypes and shapes of results that follow from them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -27,14 +28,22 @@ class AttentionDropout(NamedTuple):
     def drops(self) -> bool:
         return dropout.threshold(self.dropout_p) > 0
 
+    @property
+    def scale(self) -> float:
+        """What a kept probability is multiplied by."""
+        return dropout.keep_scale(self.dropout_p)
+
+    def decisions(self, shape: Sequence[int]) -> Tensor:
+        """(B, H, Sq, Sk) bool, True where the contract keeps a probability."""
+        decide = dropout.attention_decisions
+        return decide(self.seed, self.site, self.dropout_p, tuple(shape), self.head_offset)
+
     def factor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Tensor of ``shape`` to multiply by, None where nothing drops."""
         if not self.drops:
             return None
         if tracing.traced():
-            decide = dropout.attention_decisions
-            decisions = decide(self.seed, self.site, self.dropout_p, shape, self.head_offset)
-            return decisions.to(dtype) * dropout.keep_scale(self.dropout_p)
+            return self.decisions(shape).to(dtype) * self.scale
         return torch.ops.fastattn.attention_dropout_factor.default(*self, list(shape), dtype)
 
 
@@ -80,8 +89,8 @@ class TokenDropout(NamedTuple):
             return None
         rows, columns = math.prod(like.shape[:-1]), like.shape[-1]
         if tracing.traced():
-            decisions = self.decisions(grouping, rows, columns)
-            return (decisions.to(dtype) * self.scale).view(like.shape)
+            factor = self.decisions(grouping, rows, columns).to(dtype) * self.scale
+            return factor.view(like.shape)
         factor = torch.ops.fastattn.token_dropout_factor.default
         return factor(*self, grouping, rows, columns, dtype).view(like.shape)
 

@@ -265,9 +265,9 @@ def draw_seed(device: torch.device) -> Tensor:
 
     It follows ``torch.manual_seed``, activation checkpointing and CUDA graphs, and stays on the
     device. Seeds in [0, 2**63) name decisions of the contract. On a CPU without the C++ extension
-    the drawn seed is negative instead: its decisions come from torch's Mersenne Twister (see
-    :func:`twister_decisions`), an order of magnitude faster there than Philox in tensor operations;
-    but not what ``torch.jit.trace`` records, which always follows the contract.
+    the drawn seed is negative instead: its decisions come from torch's Mersenne Twister (in
+    :mod:`fastattn.pytorch.dropout_factor`), an order of magnitude faster there than Philox in
+    tensor operations; but not what ``torch.jit.trace`` records, which always follows the contract.
     """
     seed = torch.randint(2**63 - 1, (1,), device=device)
     if device.type == "cpu" and not tracing.traced():
@@ -279,24 +279,3 @@ def draw_seed(device: torch.device) -> Tensor:
 def replays_twister(seed: Tensor) -> bool:
     """Whether decisions are those of torch's generator: of negative seeds, on CPUs only."""
     return seed.device.type == "cpu" and int(seed) < 0
-
-
-def twister_decisions(seed: int, site: int, dropout_p: float, shape: tuple[int, ...]) -> Tensor:
-    """Decisions of a negative seed: 14-bit lanes in memory order from ``torch.Generator``.
-
-    The same seed, site and shape give the same decisions, so that backward and activation
-    checkpointing can replay them; unlike the contract's they depend on the tensor's layout.
-    """
-    count = torch.Size(shape).numel()
-    generator = torch.Generator().manual_seed(_mix(seed, site))
-    lanes = torch.empty(-(-count // 4), dtype=torch.int64).random_(generator=generator)
-    lanes = lanes.view(torch.int16)[:count].bitwise_and_(_LANE)
-    return lanes.ge(threshold(dropout_p)).view(shape)
-
-
-def _mix(seed: int, site: int) -> int:
-    """32 well-mixed bits (the twister takes no more): the finaliser of SplitMix64."""
-    word = (seed + (site + 1) * 0x9E3779B97F4A7C15) % 2**64
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
-    return (word ^ (word >> 31)) & _WORD

@@ -16,7 +16,8 @@ from types import ModuleType
 import torch  # before the extension: both then share one OpenMP thread pool
 from torch import Tensor
 
-from fastattn.dropout import ADJACENT, CONTRACT_VERSION, STRIDED
+from fastattn.arguments import AttentionDropout, TokenDropout
+from fastattn.dropout import ADJACENT, CONTRACT_VERSION, STRIDED, threshold
 from fastattn.tracing import opaque
 
 _BITS_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -128,8 +129,26 @@ def loaded() -> ModuleType:
     return _extension
 
 
+def attention_factor(dropout: AttentionDropout, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """What attention probabilities of ``shape`` are multiplied by, in ``dtype``."""
+    out = torch.empty(shape, dtype=dtype)
+    p, seed, site, head_offset = dropout
+    return write_attention_factor(out, dropout.scale, int(seed), site, threshold(p), head_offset)
+
+
+def token_factor(
+    dropout: TokenDropout, grouping: int, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """What a token tensor (rows, columns) is multiplied by, in ``dtype``."""
+    out = torch.empty(rows, columns, dtype=dtype)
+    p, seed, site, *rows_map, column_offset = dropout
+    return write_token_factor(
+        out, dropout.scale, int(seed), site, threshold(p), grouping, *rows_map, column_offset
+    )
+
+
 @opaque
-def attention_factor(
+def write_attention_factor(
     out: Tensor, kept: float, seed: int, site: int, threshold: int, head_offset: int = 0
 ) -> Tensor:
     """Fill ``out`` with the dropout factor of attention probabilities.
@@ -145,8 +164,9 @@ def attention_factor(
     Returns:
         ``out``.
     """
+    extension = loaded()
     _check(out, 4)
-    _extension.attention_factor(
+    extension.attention_factor(
         out.data_ptr(),
         out.itemsize,
         _kept_bits(out.dtype, kept),
@@ -161,7 +181,7 @@ def attention_factor(
 
 
 @opaque
-def token_factor(
+def write_token_factor(
     out: Tensor,
     kept: float,
     seed: int,
@@ -188,12 +208,13 @@ def token_factor(
     Returns:
         ``out``.
     """
+    extension = loaded()
     _check(out, 2)
     if grouping not in (STRIDED, ADJACENT):
         raise ValueError(f"grouping must be STRIDED (0) or ADJACENT (1), but got {grouping}")
     if row_index is not None:
         _check_row_index(row_index, out.shape[0])
-    _extension.token_factor(
+    extension.token_factor(
         out.data_ptr(),
         out.itemsize,
         _kept_bits(out.dtype, kept),
@@ -213,7 +234,7 @@ def token_factor(
 
 def runs_inference(*tensors: Tensor | None) -> bool:
     """Whether the extension is there and all these are contiguous fp32 tensors on the CPU."""
-    return _extension is not None and all(
+    return available() and all(
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous())
         for x in tensors
     )
@@ -227,9 +248,10 @@ def add_bias_relu_(x: Tensor, bias: Tensor | None) -> Tensor:
         x: (..., N), of which :func:`runs_inference` is true.
         bias: (N,), likewise, or None.
     """
+    extension = loaded()
     _check_inference(x, bias)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    _extension.add_bias_relu(x.data_ptr(), _address(bias), rows, columns, torch.get_num_threads())
+    extension.add_bias_relu(x.data_ptr(), _address(bias), rows, columns, torch.get_num_threads())
     return x
 
 
@@ -238,8 +260,6 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _check_inference(x: Tensor, bias: Tensor | None) -> None:
-    if _extension is None:
-        raise RuntimeError(_why_not)
     columns = x.shape[-1:]
     if bias is not None and bias.shape != columns:
         raise ValueError(f"bias must be of shape {tuple(columns)}, but got {tuple(bias.shape)}")
@@ -256,8 +276,6 @@ def _kept_bits(dtype: torch.dtype, kept: float) -> int:
 
 
 def _check(out: Tensor, dimensions: int) -> None:
-    if _extension is None:
-        raise RuntimeError(_why_not)
     if out.device.type != "cpu" or not out.is_contiguous():
         raise ValueError(
             f"out must be a contiguous tensor on the CPU, but got strides {out.stride()} "

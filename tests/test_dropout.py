@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattn import dropout, extension
 from fastattn.arguments import AttentionDropout, TokenDropout
 from fastattn.dropout import ADJACENT, STRIDED, TokenRows
+from fastattn.pytorch.dropout_factor import twister_decisions
 
 SEEDS = (0, 1, 2**32 + 5, 2**62, 2**62 + 987654321, 2**63 - 1)
 PROBABILITIES = (0.0, 3e-5, 1 / 16384, 0.1, 0.5, 0.999, 1.0)
@@ -275,17 +276,17 @@ def test_sites_are_numbered_within_a_stack() -> None:
 
 def test_twister_decisions_replay_and_differ_by_seed_and_site() -> None:
     shape = (50, 20, 1001)
-    keep = dropout.twister_decisions(-5, 3, P, shape)
+    keep = twister_decisions(-5, 3, P, shape)
     torch.rand(7)  # the global generator has no part in it
-    assert torch.equal(dropout.twister_decisions(-5, 3, P, shape), keep)
-    others = [dropout.twister_decisions(*x, P, shape) for x in ((-6, 3), (-5, 4), (-(2**62), 3))]
+    assert torch.equal(twister_decisions(-5, 3, P, shape), keep)
+    others = [twister_decisions(*x, P, shape) for x in ((-6, 3), (-5, 4), (-(2**62), 3))]
     assert_independent(combinations([keep, *others], 2))
-    assert torch.equal(dropout.twister_decisions(-5, 3, 1.0, shape), torch.zeros(shape).bool())
-    assert dropout.twister_decisions(-5, 3, 3e-5, shape).all()
+    assert torch.equal(twister_decisions(-5, 3, 1.0, shape), torch.zeros(shape).bool())
+    assert twister_decisions(-5, 3, 3e-5, shape).all()
 
 
 def test_twister_decisions_are_binomial() -> None:
-    keep = dropout.twister_decisions(-5, 3, P, (32, 128, 300))
+    keep = twister_decisions(-5, 3, P, (32, 128, 300))
     assert keep.numel() > 1e6
     for dims in ((0, 1, 2), (0, 1), (0, 2), (1, 2), (2,)):
         assert_binomial(keep, dims)
@@ -294,22 +295,22 @@ def test_twister_decisions_are_binomial() -> None:
 
 def test_twister_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    dropout.twister_decisions(-5, 3, P, (10, 10))
+    twister_decisions(-5, 3, P, (10, 10))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (1,), (5,), (2, 3)])
 def test_twister_of_few_elements(shape: tuple[int, ...]) -> None:
-    assert dropout.twister_decisions(-1, 0, 0.5, shape).shape == shape
+    assert twister_decisions(-1, 0, 0.5, shape).shape == shape
 
 
 @token_sites
 def test_a_negative_seed_means_the_twister(kind: str) -> None:
     grouping = TOKEN_SITES[kind][2]
-    expected = reference.factor(dropout.twister_decisions(-5, 3, P, (12, 100)), P)
+    expected = reference.factor(twister_decisions(-5, 3, P, (12, 100)), P)
     factor = TokenDropout(P, tensor(-5), 3).factor(torch.empty(3, 4, 100), grouping, torch.float64)
     assert torch.equal(factor.view(12, 100), expected)
-    expected = reference.factor(dropout.twister_decisions(-5, 3, P, (2, 3, 4, 5)), P)
+    expected = reference.factor(twister_decisions(-5, 3, P, (2, 3, 4, 5)), P)
     factor = AttentionDropout(P, tensor(-5), 3).factor((2, 3, 4, 5), torch.float64)
     assert torch.equal(factor, expected)
 

@@ -56,7 +56,7 @@ def check_attention(
     scale = dropout.keep_scale(dropout_p)
     out = poisoned(shape, dtype)
     threshold = dropout.threshold(dropout_p)
-    returned = extension.attention_factor(out, scale, seed, site, threshold, head_offset)
+    returned = extension.write_attention_factor(out, scale, seed, site, threshold, head_offset)
     decisions = dropout.attention_decisions(
         torch.tensor([seed]), site, dropout_p, shape, head_offset
     )
@@ -77,7 +77,7 @@ def check_token(
     scale = dropout.keep_scale(dropout_p)
     out = poisoned(shape, dtype)
     threshold = dropout.threshold(dropout_p)
-    returned = extension.token_factor(
+    returned = extension.write_token_factor(
         out, scale, seed, site, threshold, grouping, *rows, column_offset
     )
     decide = DECISIONS[grouping]
@@ -168,7 +168,7 @@ def test_calls_from_several_threads_agree() -> None:
 
     def factor(seed: int) -> Tensor:
         out = torch.empty(4, 4, 100, 100)
-        return extension.attention_factor(out, 2.0, seed, 0, 8192)
+        return extension.write_attention_factor(out, 2.0, seed, 0, 8192)
 
     with ThreadPoolExecutor(4) as pool:
         concurrent = list(pool.map(factor, range(16)))
@@ -180,16 +180,16 @@ def test_calls_from_several_threads_agree() -> None:
 def test_wrong_arguments_are_named() -> None:
     square = torch.empty(4, 4)
     with pytest.raises(ValueError, match="out must be a contiguous tensor on the CPU"):
-        extension.token_factor(square.t()[:, :2], 1.0, 0, 0, 5, dropout.ADJACENT)
+        extension.write_token_factor(square.t()[:, :2], 1.0, 0, 0, 5, dropout.ADJACENT)
     with pytest.raises(ValueError, match="out must have 4 dimensions"):
-        extension.attention_factor(square, 1.0, 0, 0, 5)
+        extension.write_attention_factor(square, 1.0, 0, 0, 5)
     with pytest.raises(TypeError, match="out must be bool"):
-        extension.token_factor(square.int(), 1.0, 0, 0, 5, dropout.ADJACENT)
+        extension.write_token_factor(square.int(), 1.0, 0, 0, 5, dropout.ADJACENT)
     with pytest.raises(ValueError, match="grouping must be"):
-        extension.token_factor(square, 1.0, 0, 0, 5, 2)
+        extension.write_token_factor(square, 1.0, 0, 0, 5, 2)
     for row_index in (torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"row_index must be int32 of shape \(4,\)"):
-            extension.token_factor(square, 1.0, 0, 0, 5, dropout.ADJACENT, row_index)
+            extension.write_token_factor(square, 1.0, 0, 0, 5, dropout.ADJACENT, row_index)
 
 
 WITHOUT_EXTENSION = """
@@ -201,7 +201,7 @@ assert not extension.available()
 assert "C++ extension" in extension.why_not(), extension.why_not()
 assert dropout.draw_seed(torch.device("cpu")).item() < 0
 try:
-    extension.attention_factor(torch.empty(1, 1, 1, 1), 1.0, 0, 0, 5)
+    extension.write_attention_factor(torch.empty(1, 1, 1, 1), 1.0, 0, 0, 5)
 except RuntimeError as error:
     assert str(error) == extension.why_not()
 else:

@@ -1,17 +1,20 @@
 """The multiplier that dropout applies: 1 / keep where the contract keeps an element, else 0.
 
 Plain PyTorch paths multiply by it; fused kernels compute the same decisions in registers instead.
-Backends: ``cpu`` (the C++ extension) and ``pytorch`` (:mod:`fastattn.dropout`).
+Backends: ``cpu`` (the C++ extension) and ``pytorch``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch, dropout, extension
-from fastattn.arguments import TOKEN_DROPOUT, TokenDropout
+from fastattn.arguments import TOKEN_DROPOUT, AttentionDropout, TokenDropout
 from fastattn.ops._library import check_device, define, mismatch
+from fastattn.pytorch import dropout_factor
 
 
 def token_dropout(
@@ -55,79 +58,28 @@ def why_not_cpu(device: torch.device) -> str | None:
 
 
 dispatch.register("dropout_factor", "cpu", extension, why_not_cpu)
-dispatch.register("dropout_factor", "pytorch", dropout)
+dispatch.register("dropout_factor", "pytorch", dropout_factor)
 
 
 # ------------------------------------------------------------- schema, fake, implementation
 
 
-def _in_extension(seed: Tensor) -> bool:
-    return dispatch.choose("dropout_factor", seed) == "cpu"
+def _functions(seed: Tensor) -> Any:
+    replays = dropout.replays_twister(seed)  # as only the pytorch backend can
+    backend = "pytorch" if replays else dispatch.choose("dropout_factor", seed)
+    return dispatch.functions("dropout_factor", backend)
 
 
-def _scaled(decisions: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    factor = decisions.view(torch.int8).to(dtype, memory_format=torch.contiguous_format)
-    return factor.mul_(scale)
+def _attention_factor(*options):
+    *fields, shape, dtype = options
+    dropped = AttentionDropout(*fields)
+    return _functions(dropped.seed).attention_factor(dropped, shape, dtype)
 
 
-def _attention_factor(
-    dropout_p: float,
-    seed: Tensor,
-    site: int,
-    head_offset: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    scale = dropout.keep_scale(dropout_p)
-    if dropout.replays_twister(seed):
-        decisions = dropout.twister_decisions(int(seed), site, dropout_p, tuple(shape))
-    elif _in_extension(seed):
-        out = torch.empty(shape, dtype=dtype)
-        threshold = dropout.threshold(dropout_p)
-        extension.attention_factor(out, scale, int(seed), site, threshold, head_offset)
-        return out
-    else:
-        decisions = dropout.attention_decisions(seed, site, dropout_p, tuple(shape), head_offset)
-    return _scaled(decisions, scale, dtype)
-
-
-def _token_factor(
-    dropout_p: float,
-    seed: Tensor,
-    site: int,
-    row_index: Tensor | None,
-    row_period: int,
-    batch_first: bool,
-    column_offset: int,
-    grouping: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    scale = dropout.keep_scale(dropout_p)
-    if dropout.replays_twister(seed):
-        decisions = dropout.twister_decisions(int(seed), site, dropout_p, (rows, columns))
-    elif _in_extension(seed):
-        out = torch.empty(rows, columns, dtype=dtype)
-        extension.token_factor(
-            out,
-            scale,
-            int(seed),
-            site,
-            dropout.threshold(dropout_p),
-            grouping,
-            row_index,
-            row_period,
-            batch_first,
-            column_offset,
-        )
-        return out
-    else:
-        dropped = TokenDropout(
-            dropout_p, seed, site, row_index, row_period, batch_first, column_offset
-        )
-        decisions = dropped.decisions(grouping, rows, columns)
-    return _scaled(decisions, scale, dtype)
+def _token_factor(*options):
+    *fields, grouping, rows, columns, dtype = options
+    dropped = TokenDropout(*fields)
+    return _functions(dropped.seed).token_factor(dropped, grouping, rows, columns, dtype)
 
 
 define(
