@@ -4,8 +4,8 @@
 """
 
 from fastattn.dispatch import available_backends, explain, use_backend
-from fastattn.layers import FusedEncoderLayer
-from fastattn.norms import FusedLayerNorm
+from fastattn.layers.encoder_layer import FusedEncoderLayer
+from fastattn.layers.layer_norm import FusedLayerNorm
 from fastattn.ops.attention import attention, attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import tracing
-from fastattn.layers import FusedEncoderLayer
+from fastattn.layers.encoder_layer import FusedEncoderLayer
 
 __all__ = [
     "ActivationFreeEncoderLayer",

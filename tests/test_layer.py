@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import FusedEncoderLayer, FusedLayerNorm, dropout_add_layer_norm, fallback, layers
+from fastattn import FusedEncoderLayer, FusedLayerNorm, dropout_add_layer_norm, fallback
+from fastattn.layers import encoder_layer
 
 BOTH = pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "sequence"])
@@ -676,7 +677,7 @@ def test_what_norms_keep_under_autocast(monkeypatch):
         kept.append(save)
         return dropout_add_layer_norm(*args, save=save, **kwargs)
 
-    monkeypatch.setattr(layers, "dropout_add_layer_norm", spy)
+    monkeypatch.setattr(encoder_layer, "dropout_add_layer_norm", spy)
     layer = FusedEncoderLayer(16, 2, 24, batch_first=True)
     with torch.autocast("cpu", torch.bfloat16):
         for save in ("default", "lean"):

@@ -9,13 +9,25 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
-from fastattn import dispatch, dropout, fallback, masks, packing, tracing
+from fastattn import dispatch, dropout, packing
 from fastattn.arguments import autocast_dtype
-from fastattn.norms import FusedLayerNorm
+from fastattn.layers import inference, masks
+from fastattn.layers.plain import (
+    drops,
+    fused_activation,
+    is_plain,
+    is_plain_inference,
+    kind_of,
+    overrides,
+    why_attention_called,
+    why_attention_is_module,
+    why_feed_forward_called,
+    why_module,
+    why_norm_is_module,
+    why_padded,
+)
 from fastattn.ops._library import check_save
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
@@ -190,11 +202,11 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             length=length,
             batched=src.dim() == 3,
         )
-        if _is_plain_inference(self, src):
+        if is_plain_inference(self, src):
             why = "nothing drops and no gradient can be asked for"
             dispatch.note("encoder_layer", "pytorch", {"op by op": why})
             activation, _ = fused_activation(self.activation)
-            return fallback.encoder_layer_inference(self, src, canonical, activation)
+            return inference.encoder_layer_inference(self, src, canonical, activation)
         call = _Call(self, layout, canonical, (src_mask, src_key_padding_mask, is_causal), seed)
         return call.run(src)
 
@@ -239,7 +251,7 @@ class FusedEncoderLayer(nn.TransformerEncoderLayer):
             )
         sequences = src.unbind()
         lengths = [sequence.shape[0] for sequence in sequences]
-        if _why_padded(self) is not None:
+        if why_padded(self) is not None:
             return self._forward_padded(sequences, lengths, src, seed)
         longest = max(lengths, default=0)
         tokens = torch.cat(sequences)
@@ -290,18 +302,18 @@ class _Call:
 
     def run(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if self.seed is None and _drops(layer):
+        if self.seed is None and drops(layer):
             self.seed = dropout.draw_seed(x.device)
         if layer.norm_first:
-            low = self.product_dtype(x, _why_attention_called)
+            low = self.product_dtype(x, why_attention_called)
             branch = self.attention(self.norm("norm1", x, low))
-            low = self.product_dtype(x, _why_feed_forward_called)
+            low = self.product_dtype(x, why_feed_forward_called)
             sites = (dropout.RESIDUAL_1, "dropout1")
             x, normed, _ = self.add_norm(branch, x, "norm2", *sites, out_dtype=low)
             del branch
             return self.add(self.feed_forward(normed), x, dropout.RESIDUAL_2, "dropout2")
         branch = self.attention(x)
-        low = self.product_dtype(x, _why_feed_forward_called)
+        low = self.product_dtype(x, why_feed_forward_called)
         sites = (dropout.RESIDUAL_1, "dropout1")
         _, x, copy = self.add_norm(branch, x, "norm1", *sites, copy_dtype=low)
         del branch  # so that the feed-forward block may have its memory
@@ -317,11 +329,11 @@ class _Call:
     def attention(self, x: Tensor) -> Branch:
         layer, attn = self.layer, self.layer.self_attn
         src_mask, padding, is_causal = self.given
-        if _overrides(layer, "_sa_block"):
+        if overrides(layer, "_sa_block"):
             dispatch.note("_sa_block", "module", {"fused": "the layer overrides it"})
             given = (_as_float(src_mask, x), _as_float(padding, x))
             return Branch(layer._sa_block(x, *given, is_causal=is_causal), None, None)
-        reason = _why_attention_is_module(layer)
+        reason = why_attention_is_module(layer)
         if reason is not None:
             dispatch.note("self_attn", "module", {"fused": reason})
             return Branch(self._attention_module(x), None, layer.dropout1)
@@ -366,7 +378,7 @@ class _Call:
 
     def feed_forward(self, x: Tensor) -> Branch:
         layer = self.layer
-        if _overrides(layer, "_ff_block"):
+        if overrides(layer, "_ff_block"):
             dispatch.note("_ff_block", "module", {"fused": "the layer overrides it"})
             return Branch(layer._ff_block(x), None, None)
         activation, no_activation = fused_activation(layer.activation)
@@ -398,14 +410,14 @@ class _Call:
         for part in ("linear1", "activation", "dropout"):
             if reasons[part] is not None:
                 dispatch.note(part, "module", {"fused": reasons[part]})
-        if activation and reasons["linear1"] is None and _is_plain(x):
+        if activation and reasons["linear1"] is None and is_plain(x):
             hidden, bias = F.linear(x, linear1.weight), linear1.bias
         else:
             hidden, bias = linear1(x), None
         if activation is None:
             hidden, activation = layer.activation(hidden), "identity"
-        if not _is_plain(hidden):  # such as a sharded linear's result
-            dispatch.note("dropout", "module", {"fused": f"its input is a {_kind(hidden)}"})
+        if not is_plain(hidden):  # such as a sharded linear's result
+            dispatch.note("dropout", "module", {"fused": f"its input is a {kind_of(hidden)}"})
             if activation != "identity":
                 hidden = layer.activation(hidden)
             hidden = layer.dropout(hidden)
@@ -433,7 +445,7 @@ class _Call:
     def norm(self, name: str, x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
         """LN(x), in ``out_dtype`` where autocast would cast it so for the next product."""
         norm = getattr(self.layer, name)
-        reason = _why_norm_is_module(self.layer, norm)
+        reason = why_norm_is_module(self.layer, norm)
         if reason is None:
             save = "output" if self.keeps_output(name, norm) else "input"
             affine = (norm.weight, norm.bias, norm.eps)
@@ -457,7 +469,7 @@ class _Call:
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """(the sum where pre-norm needs it, its norm, a copy of that where its dtype differs)."""
         norm = getattr(self.layer, norm_name)
-        reason = _why_norm_is_module(self.layer, norm)
+        reason = why_norm_is_module(self.layer, norm)
         if reason is not None:
             dispatch.note(norm_name, "module", {"fused": reason})
             total = self.add(branch, residual, kind, dropout_name)
@@ -511,111 +523,6 @@ class _Call:
 # ------------------------------------------------------------------------------ what may be fused
 
 
-def why_module(module: nn.Module, *kinds: type) -> str | None:
-    """Why ``module`` must be called rather than read for its weights; None if it is plain."""
-    if type(module) not in kinds:
-        return f"it is a {_kind(module)}"
-    state = module.__dict__
-    if "forward" in state:
-        return "its forward is patched"
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return "it has hooks"
-    if _has_any_global_hook():
-        return "there are global module hooks"
-    for weight in state["_parameters"].values():
-        if type(weight) is not nn.Parameter and weight is not None and not _is_plain(weight):
-            return f"its weights are {_kind(weight)}s"
-    return None
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
-
-
-def _kind(x: object) -> str:
-    return type(x).__name__
-
-
-#: The ops of a layer, and its parts besides attention and activation where nothing wraps them.
-_OPS = ("attention_packed", "dropout_add_layer_norm", "dropout_add", "feed_forward", "layer_norm")
-_PARTS = {
-    "linear1": (nn.Linear,),
-    "dropout": (nn.Dropout,),
-    "linear2": (nn.Linear,),
-    "norm1": (nn.LayerNorm, FusedLayerNorm),
-    "norm2": (nn.LayerNorm, FusedLayerNorm),
-    "dropout1": (nn.Dropout,),
-    "dropout2": (nn.Dropout,),
-}
-
-
-def _is_plain_inference(layer: FusedEncoderLayer, src: Tensor) -> bool:
-    """Whether the layer is plain throughout, on plain PyTorch, and only its output is asked for."""
-    if torch.is_grad_enabled() or layer.training or torch.compiler.is_compiling():
-        return False
-    parts = layer._modules
-    return (
-        type(src) is Tensor
-        and not (src.is_neg() or torch._is_functional_tensor(src))  # their memory is not they
-        and layer.chunk_tokens is None
-        and src.dtype in (torch.float32, torch.float64)
-        and autocast_dtype(src) is None
-        and not tracing.watched()
-        and dispatch.has_no_gpu_kernels(src.device.type, _OPS)
-        and not (_overrides(layer, "_sa_block") or _overrides(layer, "_ff_block"))
-        and all(why_module(parts[name], *kinds) is None for name, kinds in _PARTS.items())
-        and _why_norm_is_module(layer, parts["norm1"]) is None
-        and _why_norm_is_module(layer, parts["norm2"]) is None
-        and not _drops(layer)
-        and _why_attention_is_module(layer) is None
-        and why_module(layer.self_attn.out_proj, NonDynamicallyQuantizableLinear) is None
-        and fused_activation(layer.activation)[0] is not None
-        and all(
-            weight is None or (weight.dtype == src.dtype and not weight.is_neg())
-            for module in (layer.self_attn, layer.self_attn.out_proj, *map(parts.get, _PARTS))
-            for weight in module._parameters.values()
-        )
-    )
-
-
-def _why_norm_is_module(layer: FusedEncoderLayer, norm: nn.Module) -> str | None:
-    reason = why_module(norm, nn.LayerNorm, FusedLayerNorm)
-    if reason is None and norm.normalized_shape != (layer.self_attn.embed_dim,):
-        return f"it normalises over {tuple(norm.normalized_shape)}"
-    return reason
-
-
-def _why_attention_is_module(layer: FusedEncoderLayer) -> str | None:
-    attn = layer.self_attn
-    reason = why_module(attn, nn.MultiheadAttention)
-    if reason is not None:
-        return reason
-    if not attn._qkv_same_embed_dim or attn.in_proj_weight is None:
-        return "query, key and value have projections of their own"
-    if attn.bias_k is not None or attn.add_zero_attn:
-        return "it adds keys of its own"
-    return None
-
-
-def _why_attention_called(layer: FusedEncoderLayer) -> str | None:
-    """Why the attention block gets its input as a module does, in its own dtype."""
-    if _overrides(layer, "_sa_block"):
-        return "the layer overrides _sa_block"
-    return _why_attention_is_module(layer)
-
-
-def _why_feed_forward_called(layer: FusedEncoderLayer) -> str | None:
-    """The same of the feed-forward block."""
-    if _overrides(layer, "_ff_block"):
-        return "the layer overrides _ff_block"
-    return why_module(layer.linear1, nn.Linear)
-
-
 def _check_norms(layer: FusedEncoderLayer, incompatible_keys: object = None) -> None:
     """Settle which norms' backward may start from their result."""
     if layer.save == "default":
@@ -624,7 +531,7 @@ def _check_norms(layer: FusedEncoderLayer, incompatible_keys: object = None) -> 
     allowed = []
     for name in ("norm1", "norm2"):
         norm = getattr(layer, name)
-        if _why_norm_is_module(layer, norm) is not None:
+        if why_norm_is_module(layer, norm) is not None:
             continue
         reason = why_not_from_output(norm.weight, norm.bias)
         if reason is None:
@@ -634,49 +541,6 @@ def _check_norms(layer: FusedEncoderLayer, incompatible_keys: object = None) -> 
                 f"{name} keeps its sum for backward, not its result: {reason}", stacklevel=3
             )
     layer._from_output = frozenset(allowed)
-
-
-def _overrides(layer: FusedEncoderLayer, method: str) -> bool:
-    stock = getattr(nn.TransformerEncoderLayer, method)
-    return method in layer.__dict__ or getattr(type(layer), method) is not stock
-
-
-def _why_padded(layer: FusedEncoderLayer) -> str | None:
-    """Why sequences must not be run as packed tokens: a block expects a batch of them."""
-    for method in ("_sa_block", "_ff_block"):
-        if _overrides(layer, method):
-            return f"the layer overrides {method}"
-    return _why_attention_is_module(layer)
-
-
-def _drops(layer: FusedEncoderLayer) -> bool:
-    """Whether any dropout site of the layer is on."""
-    attn = layer.self_attn
-    if attn.training and getattr(attn, "dropout", 0.0) > 0.0:
-        return True
-    return any(
-        type(module) is nn.Dropout and module.training and module.p > 0.0
-        for module in (layer.dropout, layer.dropout1, layer.dropout2)
-    )
-
-
-_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
-_MODULES = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Identity: "identity"}
-
-
-def fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str | None, str | None]:
-    """The name of the fused activation that computes the same, or None and why there is none."""
-    name = None
-    if not isinstance(activation, nn.Module):
-        name = next((name for function, name in _FUNCTIONS if activation is function), None)
-    elif type(activation) in _MODULES:
-        reason = why_module(activation, *_MODULES)
-        if reason is not None:
-            return None, reason
-        name = _MODULES[type(activation)]
-        if name == "gelu" and activation.approximate == "tanh":
-            name = "gelu_tanh"
-    return name, None if name else "there is no fused kernel for this activation"
 
 
 def _as_float(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Modules: the fused encoder layer and layer norm, and what they ask of a layer's parts."""
