@@ -3,7 +3,7 @@
 First the C++ part, with OpenMP or else without it; then the CUDA kernels are added. ninja drives
 the compilers in build/, where a later build finds what has not changed; without ninja, or with
 MSVC, setuptools builds the C++ part alone. Neither torch nor a GPU nor its driver is needed. What
-is missing, and why, is left in ``fastattn/_build_status.txt`` for fastattn/extension.py.
+is missing, and why, is left in ``fastattn/_build_status.txt`` for fastattn/extension/loading.py.
 
 FASTATTN_CUDA         auto (the default): with CUDA where nvcc works; 0: without; 1: with, or fail
 TORCH_CUDA_ARCH_LIST  numbers, as torch takes them: "8.0;9.0a;12.0+PTX"; from 8.0 on

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import fastattn
-from fastattn import extension
 from fastattn.dropout import CONTRACT_VERSION
+from fastattn.extension import loading
 
 from .cases import COMPILED
 
@@ -93,7 +93,7 @@ def environment(device: str, program: str = "benchmarks") -> dict:
         "dropout_contract": CONTRACT_VERSION,
         "commit": commit,
         "dirty": dirty,
-        "extension": {"available": extension.available(), "why_not": extension.why_not()},
+        "extension": {"available": loading.available(), "why_not": loading.why_not()},
         "torch_compile": COMPILED,
         "torch_build": torch.__config__.show(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

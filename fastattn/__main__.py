@@ -9,7 +9,8 @@ import platform
 import torch
 
 import fastattn
-from fastattn import dispatch, dropout, extension
+from fastattn import dispatch, dropout
+from fastattn.extension import loading
 
 
 def environment() -> dict[str, str]:
@@ -23,8 +24,8 @@ def environment() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "GPU": device,
         "CPU threads": str(torch.get_num_threads()),
-        "C++ extension": extension.why_not() or "built",
-        "CUDA kernels": extension.why_not_cuda() or f"built for {extension.cuda_architectures()}",
+        "C++ extension": loading.why_not() or "built",
+        "CUDA kernels": loading.why_not_cuda() or f"built for {loading.cuda_architectures()}",
         "dropout contract": f"version {dropout.CONTRACT_VERSION}",
     }
 

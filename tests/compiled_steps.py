@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn import FusedEncoderLayer, extension
+from fastattn import FusedEncoderLayer
+from fastattn.extension import loading
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
 from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
@@ -21,7 +22,7 @@ from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
 
 SEED = torch.tensor([5])
-NORMS = "cpu" if extension.available() else None
+NORMS = "cpu" if loading.available() else None
 DROPS = {"dropout_p": 0.25, "seed": SEED}
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-from fastattn import FusedEncoderLayer, extension, tracing
+from fastattn import FusedEncoderLayer, tracing
+from fastattn.extension import inference, loading
 
 
 def fastattn_ops(graph: torch.fx.GraphModule) -> Counter[str]:
@@ -76,11 +77,11 @@ def test_second_derivatives_taken_inside_a_compiled_function() -> None:
 
 
 def test_calls_of_the_extension_break_a_graph_and_keep_their_tensors() -> None:
-    if not extension.available():
+    if not loading.available():
         pytest.skip("needs the C++ extension")
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return extension.add_bias_relu_(x * 2, x[0] + 1).sum()
+        return inference.add_bias_relu_(x * 2, x[0] + 1).sum()
 
     x = torch.randn(64, 64)
     compiled = torch.compile(run, backend="eager")

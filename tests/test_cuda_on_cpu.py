@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dispatch, dropout_add, dropout_add_layer_norm, extension, layer_norm
-from fastattn.extension_norms import CudaNormKernels
+from fastattn import dispatch, dropout_add, dropout_add_layer_norm, layer_norm
+from fastattn.extension import loading
+from fastattn.extension.layer_norm import CudaNormKernels
 
 pybind11 = pytest.importorskip("pybind11", reason="the extension's bindings need pybind11")
 
@@ -1011,7 +1012,7 @@ def test_missing_barrier_depends_on_the_order(machine: Machine) -> None:
 @pytest.fixture
 def cuda_backend(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ``cuda`` backend of the ops, on CPU tensors."""
-    monkeypatch.setattr(extension, "_extension", machine.module)
+    monkeypatch.setattr(loading, "_extension", machine.module)
     monkeypatch.setattr(CudaNormKernels, "_queue", lambda self, like: (0, 0, 3))
     monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
 
@@ -1078,14 +1079,14 @@ def test_the_ops_refuse_float64(cuda_backend: None) -> None:
 def test_a_gpu_that_was_not_built_for_is_named(
     cuda_backend: None, monkeypatch: pytest.MonkeyPatch, built: str, runs, does_not
 ) -> None:
-    monkeypatch.setattr(extension._extension, "CUDA_ARCHITECTURES", built)
-    extension._why_not_on.cache_clear()
-    assert extension._why_not_on(runs) is None
-    reason = extension._why_not_on(does_not)
+    monkeypatch.setattr(loading._extension, "CUDA_ARCHITECTURES", built)
+    loading._why_not_on.cache_clear()
+    assert loading._why_not_on(runs) is None
+    reason = loading._why_not_on(does_not)
     version = "{}.{}".format(*does_not)
     assert f"not for compute capability {version}" in reason
     assert f"TORCH_CUDA_ARCH_LIST={version}" in reason
-    monkeypatch.setattr(extension._extension, "cuda_versions", lambda: (12080, 13000))
-    extension._why_not_on.cache_clear()
-    assert "built with CUDA 13, but the driver is of CUDA 12" in extension._why_not_on(runs)
-    extension._why_not_on.cache_clear()
+    monkeypatch.setattr(loading._extension, "cuda_versions", lambda: (12080, 13000))
+    loading._why_not_on.cache_clear()
+    assert "built with CUDA 13, but the driver is of CUDA 12" in loading._why_not_on(runs)
+    loading._why_not_on.cache_clear()

@@ -13,9 +13,10 @@ import reference
 import torch
 from torch import Tensor
 
-from fastattn import dropout, extension
+from fastattn import dropout
 from fastattn.arguments import AttentionDropout, TokenDropout
 from fastattn.dropout import ADJACENT, STRIDED, TokenRows
+from fastattn.extension import loading
 from fastattn.pytorch.dropout_factor import twister_decisions
 
 SEEDS = (0, 1, 2**32 + 5, 2**62, 2**62 + 987654321, 2**63 - 1)
@@ -36,8 +37,8 @@ def attention(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     """(seed, site, p, shape, head_offset) -> decisions, of each implementation."""
     if request.param == "python":
         return lambda seed, *rest: dropout.attention_decisions(tensor(seed), *rest)
-    if not extension.available():
-        pytest.skip(str(extension.why_not()))
+    if not loading.available():
+        pytest.skip(str(loading.why_not()))
 
     def decide(seed: int, site: int, p: float, shape: tuple[int, ...], head: int = 0) -> Tensor:
         factor = AttentionDropout(p, tensor(seed), site, head).factor(shape, torch.float64)
@@ -320,9 +321,9 @@ def test_a_negative_seed_means_the_twister(kind: str) -> None:
 
 @pytest.fixture(params=["with extension", "without extension"])
 def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether ``draw_seed`` finds the C++ extension; it asks ``extension.why_not`` alone."""
+    """Whether ``draw_seed`` finds the C++ extension; it asks ``loading.why_not`` alone."""
     built = request.param == "with extension"
-    monkeypatch.setattr(extension, "why_not", lambda: None if built else "not built")
+    monkeypatch.setattr(loading, "why_not", lambda: None if built else "not built")
     return built
 
 

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dropout, dropout_add, extension, extension_norms
+from fastattn import dropout, dropout_add
 from fastattn.arguments import NormArguments
+from fastattn.extension import dropout_factor, inference, loading
+from fastattn.extension import layer_norm as extension_norms
 
-needs_extension = pytest.mark.skipif(not extension.available(), reason=str(extension.why_not()))
+needs_extension = pytest.mark.skipif(not loading.available(), reason=str(loading.why_not()))
 
 DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SEEDS = (0, 1, 2**32 + 5, 2**62 + 987654321, 2**63 - 1)
@@ -56,7 +58,7 @@ def check_attention(
     scale = dropout.keep_scale(dropout_p)
     out = poisoned(shape, dtype)
     threshold = dropout.threshold(dropout_p)
-    returned = extension.write_attention_factor(out, scale, seed, site, threshold, head_offset)
+    returned = dropout_factor.write_attention_factor(out, scale, seed, site, threshold, head_offset)
     decisions = dropout.attention_decisions(
         torch.tensor([seed]), site, dropout_p, shape, head_offset
     )
@@ -77,7 +79,7 @@ def check_token(
     scale = dropout.keep_scale(dropout_p)
     out = poisoned(shape, dtype)
     threshold = dropout.threshold(dropout_p)
-    returned = extension.write_token_factor(
+    returned = dropout_factor.write_token_factor(
         out, scale, seed, site, threshold, grouping, *rows, column_offset
     )
     decide = DECISIONS[grouping]
@@ -168,7 +170,7 @@ def test_calls_from_several_threads_agree() -> None:
 
     def factor(seed: int) -> Tensor:
         out = torch.empty(4, 4, 100, 100)
-        return extension.write_attention_factor(out, 2.0, seed, 0, 8192)
+        return dropout_factor.write_attention_factor(out, 2.0, seed, 0, 8192)
 
     with ThreadPoolExecutor(4) as pool:
         concurrent = list(pool.map(factor, range(16)))
@@ -180,37 +182,38 @@ def test_calls_from_several_threads_agree() -> None:
 def test_wrong_arguments_are_named() -> None:
     square = torch.empty(4, 4)
     with pytest.raises(ValueError, match="out must be a contiguous tensor on the CPU"):
-        extension.write_token_factor(square.t()[:, :2], 1.0, 0, 0, 5, dropout.ADJACENT)
+        dropout_factor.write_token_factor(square.t()[:, :2], 1.0, 0, 0, 5, dropout.ADJACENT)
     with pytest.raises(ValueError, match="out must have 4 dimensions"):
-        extension.write_attention_factor(square, 1.0, 0, 0, 5)
+        dropout_factor.write_attention_factor(square, 1.0, 0, 0, 5)
     with pytest.raises(TypeError, match="out must be bool"):
-        extension.write_token_factor(square.int(), 1.0, 0, 0, 5, dropout.ADJACENT)
+        dropout_factor.write_token_factor(square.int(), 1.0, 0, 0, 5, dropout.ADJACENT)
     with pytest.raises(ValueError, match="grouping must be"):
-        extension.write_token_factor(square, 1.0, 0, 0, 5, 2)
+        dropout_factor.write_token_factor(square, 1.0, 0, 0, 5, 2)
     for row_index in (torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"row_index must be int32 of shape \(4,\)"):
-            extension.write_token_factor(square, 1.0, 0, 0, 5, dropout.ADJACENT, row_index)
+            dropout_factor.write_token_factor(square, 1.0, 0, 0, 5, dropout.ADJACENT, row_index)
 
 
 WITHOUT_EXTENSION = """
 import sys
 sys.modules["fastattn._C"] = None  # importing it raises ImportError
 import torch
-from fastattn import dropout, extension
-assert not extension.available()
-assert "C++ extension" in extension.why_not(), extension.why_not()
+from fastattn import dropout
+from fastattn.extension import dropout_factor, loading
+assert not loading.available()
+assert "C++ extension" in loading.why_not(), loading.why_not()
 assert dropout.draw_seed(torch.device("cpu")).item() < 0
 try:
-    extension.write_attention_factor(torch.empty(1, 1, 1, 1), 1.0, 0, 0, 5)
+    dropout_factor.write_attention_factor(torch.empty(1, 1, 1, 1), 1.0, 0, 0, 5)
 except RuntimeError as error:
-    assert str(error) == extension.why_not()
+    assert str(error) == loading.why_not()
 else:
     raise AssertionError("attention_factor ran without the extension")
 """
 
 
 def test_absence_is_explained() -> None:
-    root = Path(extension.__file__).parents[1]
+    root = Path(loading.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTENSION], cwd=root, capture_output=True, text=True
     )
@@ -219,8 +222,8 @@ def test_absence_is_explained() -> None:
 
 @needs_extension
 def test_extension_of_another_contract_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "CONTRACT_VERSION", dropout.CONTRACT_VERSION + 1)
-    loaded, reason = extension._load()
+    monkeypatch.setattr(loading, "CONTRACT_VERSION", dropout.CONTRACT_VERSION + 1)
+    loaded, reason = loading._load()
     assert loaded is None
     assert "dropout contract" in reason
 
@@ -258,7 +261,7 @@ def test_add_bias_relu_is_torchs(shape, biased, threads) -> None:
     if x.numel() > 4:
         x.view(-1)[[0, 2, 3]] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     wanted = torch.relu(x if bias is None else x + bias)
-    assert extension.add_bias_relu_(x, bias) is x
+    assert inference.add_bias_relu_(x, bias) is x
     torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -267,10 +270,10 @@ def test_inference_arguments_are_checked() -> None:
     x = torch.randn(4, 8)
     for wrong in (torch.randn(7), torch.randn(8).double(), torch.randn(16)[::2]):
         with pytest.raises(ValueError, match="bias must be"):
-            extension.add_bias_relu_(x, wrong)
+            inference.add_bias_relu_(x, wrong)
     with pytest.raises(ValueError, match="contiguous"):
-        extension.add_bias_relu_(torch.randn(8, 4).t(), None)
-    assert not extension.runs_inference(x, x.double())
+        inference.add_bias_relu_(torch.randn(8, 4).t(), None)
+    assert not inference.runs_inference(x, x.double())
 
 
 def floats_to_round(dtype: torch.dtype) -> Tensor:

@@ -19,10 +19,10 @@ from fastattn import (
     dropout_add,
     dropout_add_layer_norm,
     explain,
-    extension,
     layer_norm,
 )
 from fastattn.arguments import TokenDropout
+from fastattn.extension import loading
 from fastattn.ops.layer_norm import MIN_WEIGHT, why_not_from_output
 
 P = 0.125
@@ -241,7 +241,7 @@ LOW = (torch.float16, torch.bfloat16)
 @pytest.fixture(params=["as built", "without the extension"])
 def extension_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "without the extension":
-        monkeypatch.setattr(extension, "_why_not", "not built")
+        monkeypatch.setattr(loading, "_why_not", "not built")
         monkeypatch.setattr(dispatch, "_always", {})
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import fastattn
-from fastattn import extension
+from fastattn.extension import loading
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
@@ -56,9 +56,9 @@ import fastattn.kernels
 print(json.dumps({
     "package": fastattn.__file__,
     "kernels": fastattn.kernels.__file__,
-    "available": extension.available(),
-    "why_not": extension.why_not(),
-    "why_not_cuda": extension.why_not_cuda(),
+    "available": loading.available(),
+    "why_not": loading.why_not(),
+    "why_not_cuda": loading.why_not_cuda(),
     "cuda_initialised": torch.cuda.is_initialized(),
     "imported": after_import,
 }))
@@ -210,9 +210,9 @@ def test_machine_code_in_the_wheel(installed: Path) -> None:
 
 def test_size_of_the_whole_extension() -> None:
     """That which these tests run with, if it was built for every architecture."""
-    if not extension.available() or extension.loaded().CUDA_ARCHITECTURES != ALL_ARCHITECTURES:
+    if not loading.available() or loading.loaded().CUDA_ARCHITECTURES != ALL_ARCHITECTURES:
         pytest.skip(f"needs an installation with kernels for {ALL_ARCHITECTURES}")
-    assert Path(extension.loaded().__file__).stat().st_size < 10e6
+    assert Path(loading.loaded().__file__).stat().st_size < 10e6
 
 
 def test_import_from_a_foreign_directory(installed: Path, elsewhere: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import dispatch, extension
+from fastattn import dispatch
 from fastattn.arguments import AttentionArguments, NormArguments
+from fastattn.extension import inference, loading
 from fastattn.fallback import (
     _ACTIVATE_IN_PLACE,
     attention_without_dropout,
@@ -39,8 +40,8 @@ def encoder_layer_inference(
 def _feed_forward(x: Tensor, layer: nn.TransformerEncoderLayer, activation: str) -> Tensor:
     """Both products, without the second bias."""
     weight1, bias1 = layer.linear1.weight, layer.linear1.bias
-    if activation == "relu" and extension.runs_inference(x, weight1, bias1):
-        hidden = extension.add_bias_relu_(F.linear(x, weight1), bias1)
+    if activation == "relu" and inference.runs_inference(x, weight1, bias1):
+        hidden = inference.add_bias_relu_(F.linear(x, weight1), bias1)
     else:
         hidden = _ACTIVATE_IN_PLACE[activation](linear(x, weight1, bias1))
     return F.linear(hidden, layer.linear2.weight)
@@ -72,7 +73,7 @@ def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 def _add_norm_in_place(
     branch: Tensor, bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
 ) -> Tensor:
-    if extension.available() and branch.device.type == "cpu":
+    if loading.available() and branch.device.type == "cpu":
         arguments = NormArguments(norm.weight, norm.bias, norm.eps, branch.dtype)
         kernels = dispatch.functions("dropout_add_layer_norm", "cpu")
         return kernels.add_layer_norm_(branch, bias, residual, arguments)

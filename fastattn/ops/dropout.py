@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, dropout, extension
+from fastattn import dispatch, dropout
 from fastattn.arguments import TOKEN_DROPOUT, AttentionDropout, TokenDropout
+from fastattn.extension import dropout_factor as in_extension
+from fastattn.extension import loading
 from fastattn.ops._library import check_device, define, mismatch
-from fastattn.pytorch import dropout_factor
+from fastattn.pytorch import dropout_factor as in_pytorch
 
 
 def token_dropout(
@@ -54,11 +56,11 @@ def token_dropout(
 
 
 def why_not_cpu(device: torch.device) -> str | None:
-    return extension.why_not()
+    return loading.why_not()
 
 
-dispatch.register("dropout_factor", "cpu", extension, why_not_cpu)
-dispatch.register("dropout_factor", "pytorch", dropout_factor)
+dispatch.register("dropout_factor", "cpu", in_extension, why_not_cpu)
+dispatch.register("dropout_factor", "pytorch", in_pytorch)
 
 
 # ------------------------------------------------------------- schema, fake, implementation

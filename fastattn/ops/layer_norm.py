@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastattn import dispatch, extension, extension_norms, fallback
+from fastattn import dispatch, fallback
 from fastattn.arguments import NORM_ARGUMENTS, NormArguments, accumulation_dtype
+from fastattn.extension import layer_norm as in_extension
+from fastattn.extension import loading
 from fastattn.ops._library import (
     Function,
     apply,
@@ -137,14 +139,14 @@ def dtypes_of(*tensors: Tensor | None) -> Dtypes:
 
 def why_not_cuda(device: torch.device, dtypes: Dtypes = ()) -> str | None:
     """Why the extension's CUDA kernels cannot run a call with these dtypes."""
-    reason = _why_not_dtypes(dtypes, extension_norms.CudaNormKernels.dtypes)
-    return reason or extension.why_not_cuda(device)
+    reason = _why_not_dtypes(dtypes, in_extension.CudaNormKernels.dtypes)
+    return reason or loading.why_not_cuda(device)
 
 
 def why_not_cpu(device: torch.device, dtypes: Dtypes = ()) -> str | None:
     """Why the extension's C++ kernels cannot."""
-    reason = extension.why_not()
-    return reason or _why_not_dtypes(dtypes, extension_norms.NormKernels.dtypes)
+    reason = loading.why_not()
+    return reason or _why_not_dtypes(dtypes, in_extension.NormKernels.dtypes)
 
 
 def why_not_triton(device: torch.device, dtypes: Dtypes = ()) -> str | None:
@@ -172,8 +174,8 @@ def why_unasked(device: torch.device, dtypes: Dtypes = ()) -> str | None:
 
 def register_backends(op: str, cpu_unasked: Callable[..., str | None] | None = None) -> None:
     """The same four for every op with a norm or a residual sum."""
-    dispatch.register(op, "cuda", extension_norms.cuda, why_not_cuda)
-    dispatch.register(op, "cpu", extension_norms.cpu, why_not_cpu, cpu_unasked)
+    dispatch.register(op, "cuda", in_extension.cuda, why_not_cuda)
+    dispatch.register(op, "cpu", in_extension.cpu, why_not_cpu, cpu_unasked)
     dispatch.register(op, "triton", "fastattn.kernels.layer_norm", why_not_triton)
     dispatch.register(op, "pytorch", fallback)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import extension, fallback
+from fastattn import fallback
 from fastattn.arguments import NormArguments, TokenDropout, stream_dtype
 from fastattn.dropout import threshold
-from fastattn.ops._library import check_vector, mismatch
+from fastattn.extension import loading
 from fastattn.tracing import opaque
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -189,12 +189,16 @@ class NormKernels:
         Raises:
             ValueError: an argument does not fit; the message names it.
         """
-        if residual.shape != input.shape:
-            raise mismatch("residual", f"of input's shape {tuple(input.shape)}", residual.shape)
-        columns, vectors = input.shape[-1:], (input_bias, *norm[:2])
-        for name, x in zip(("input_bias", "weight", "bias"), vectors, strict=True):
-            if x is not None and (x.shape != columns or not x.is_cpu):
-                check_vector(name, x, input)
+        columns = input.shape[-1:]
+        for name, x, shape in (
+            ("residual", residual, input.shape),
+            ("input_bias", input_bias, columns),
+            ("weight", norm.weight, columns),
+            ("bias", norm.bias, columns),
+        ):
+            if x is not None and (x.shape != shape or not x.is_cpu):
+                got = f"{tuple(x.shape)} on {x.device}"
+                raise ValueError(f"{name} must be of shape {tuple(shape)} on cpu, but got {got}")
         self._forward(
             input, input_bias, residual, TokenDropout(), input.dtype, norm=norm, out=input
         )
@@ -293,10 +297,10 @@ class NormKernels:
         )
 
     def _run_forward(self, like: Tensor, *arguments: Any) -> None:
-        extension.loaded().norm_forward(*arguments, torch.get_num_threads())
+        loading.loaded().norm_forward(*arguments, torch.get_num_threads())
 
     def _run_backward(self, like: Tensor, *arguments: Any) -> None:
-        extension.loaded().norm_backward(*arguments, torch.get_num_threads())
+        loading.loaded().norm_backward(*arguments, torch.get_num_threads())
 
     def _partial_rows(self, like: Tensor, rows: int, columns: int) -> int:
         return torch.get_num_threads()
@@ -319,14 +323,14 @@ class CudaNormKernels(NormKernels):
 
     def _run_forward(self, like: Tensor, *arguments: Any) -> None:
         with torch.cuda.device_of(like):
-            extension.loaded().norm_forward_cuda(*arguments, self._queue(like))
+            loading.loaded().norm_forward_cuda(*arguments, self._queue(like))
 
     def _run_backward(self, like: Tensor, *arguments: Any) -> None:
         with torch.cuda.device_of(like):
-            extension.loaded().norm_backward_cuda(*arguments, self._queue(like))
+            loading.loaded().norm_backward_cuda(*arguments, self._queue(like))
 
     def _partial_rows(self, like: Tensor, rows: int, columns: int) -> int:
-        return extension.loaded().norm_partial_rows_cuda(rows, columns, self._queue(like))
+        return loading.loaded().norm_partial_rows_cuda(rows, columns, self._queue(like))
 
     def _queue(self, like: Tensor) -> tuple[int, int, int]:
         """The device, torch's current stream there, and its multiprocessors."""
