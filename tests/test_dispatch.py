@@ -11,14 +11,8 @@ from pairs import HEADS, HIDDEN, WIDTH, tokens
 from torch import nn
 
 import fastattn
-from fastattn import (
-    FusedEncoderLayer,
-    available_backends,
-    dispatch,
-    explain,
-    fallback,
-    use_backend,
-)
+from fastattn import FusedEncoderLayer, available_backends, dispatch, explain, use_backend
+from fastattn.pytorch import attention as in_pytorch
 
 CPU = torch.device("cpu")
 
@@ -125,7 +119,7 @@ def test_the_best_backend_that_can_run_is_taken(monkeypatch):
         return limit if head_dim > 8 else None
 
     for op in ("attention", "attention_packed"):
-        dispatch.register(op, "triton", fallback, why_not)
+        dispatch.register(op, "triton", in_pytorch, why_not)
     assert available_backends("attention_packed", "cpu") == ("triton", "pytorch")
     small, large = layer_of(), FusedEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True)
     assert choices(explain(small, src()))["attention_packed"].taken == "triton"

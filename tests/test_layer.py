@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import FusedEncoderLayer, FusedLayerNorm, dropout_add_layer_norm, fallback
+from fastattn import FusedEncoderLayer, FusedLayerNorm, dropout_add_layer_norm
 from fastattn.layers import encoder_layer
+from fastattn.pytorch import feed_forward as in_pytorch
 
 BOTH = pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "sequence"])
@@ -648,13 +649,13 @@ def test_inference_in_chunks_has_no_more_rows_at_once(monkeypatch):
     with torch.no_grad():
         expected = layer(src)
         layer.chunk_tokens = 4
-        forward = fallback.feed_forward_forward
+        forward = in_pytorch.feed_forward_forward
 
         def counting(x: Tensor, *rest: object) -> None:
             rows.append(x.shape[0])
             forward(x, *rest)
 
-        monkeypatch.setattr(fallback, "feed_forward_forward", counting)
+        monkeypatch.setattr(in_pytorch, "feed_forward_forward", counting)
         torch.testing.assert_close(layer(src), expected)
     assert rows == [4, 4, 4, 4, 4, 4, 3]
 

@@ -50,7 +50,7 @@ import json, sys
 import torch
 before = set(sys.modules)
 import fastattn
-from fastattn import extension
+from fastattn.extension import loading
 after_import = sorted(set(sys.modules) - before)
 import fastattn.kernels
 print(json.dumps({

@@ -16,7 +16,8 @@ import torch
 from pairs import HEADS, HIDDEN, WIDTH, tokens
 
 import fastattn
-from fastattn import FusedEncoderLayer, dispatch, explain, fallback, feed_forward, tuned, tuning
+from fastattn import FusedEncoderLayer, dispatch, explain, feed_forward, tuned, tuning
+from fastattn.pytorch import feed_forward as in_pytorch
 from fastattn.tuned import ANCHOR, BUCKETS, CANDIDATE, LEAST_SPEEDUP, Entry, load
 from fastattn.tuning import tune
 
@@ -172,7 +173,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def recorded(direction: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             ran.append(direction)
-            return getattr(fallback, f"feed_forward_{direction}")(*arguments)
+            return getattr(in_pytorch, f"feed_forward_{direction}")(*arguments)
 
         return run
 
@@ -189,7 +190,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         lambda activation="", **_: "not silu" if activation == "silu" else None,
         unasked=tuned.why_not_chosen,
     )
-    dispatch.register("feed_forward", ANCHOR, fallback, lambda **_: None)
+    dispatch.register("feed_forward", ANCHOR, in_pytorch, lambda **_: None)
     return ran
 
 
@@ -581,7 +582,7 @@ def test_a_measured_backend_is_asked_about_before_one_that_takes_all(monkeypatch
         return None if good else "not measured"
 
     registry["feed_forward"] = {"pytorch": registry["feed_forward"]["pytorch"]}
-    dispatch.register("feed_forward", "triton_gemm", fallback, unasked=unasked)
+    dispatch.register("feed_forward", "triton_gemm", in_pytorch, unasked=unasked)
     x = torch.empty(1)
     assert dispatch.choose("feed_forward", x) == "pytorch"
     assert dispatch.choose("feed_forward", x, good=True) == "triton_gemm"

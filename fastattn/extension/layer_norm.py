@@ -2,8 +2,8 @@
 
 One description of a call (``csrc/layer_norm.h``) serves two backends: :data:`cpu`, C++ kernels on
 torch's threads, and :data:`cuda`, CUDA kernels on the current stream. Both have the functions of
-:mod:`fastattn.fallback` by the same names. Results are contiguous; an input whose rows are not
-evenly spaced, or whose columns are not adjacent, is copied first.
+:mod:`fastattn.pytorch.layer_norm` by the same names. Results are contiguous; an input whose rows
+are not evenly spaced, or whose columns are not adjacent, is copied first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import fallback
 from fastattn.arguments import NormArguments, TokenDropout, stream_dtype
 from fastattn.dropout import threshold
 from fastattn.extension import loading
+from fastattn.pytorch import layer_norm as in_pytorch
 from fastattn.tracing import opaque
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -69,7 +69,7 @@ class NormKernels:
     ) -> Tensor:
         """residual + dropout(input + input_bias)."""
         if _replays_twister(dropout):
-            return fallback.dropout_add_forward(input, input_bias, residual, dropout)
+            return in_pytorch.dropout_add_forward(input, input_bias, residual, dropout)
         total = input.new_empty(input.shape, dtype=stream_dtype(input, residual))
         self._forward(input, input_bias, residual, dropout, total.dtype, sum=total)
         return total
@@ -79,7 +79,7 @@ class NormKernels:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the branch, in ``dtype``, and of its bias; None where not ``wanted``."""
         if _replays_twister(dropout):
-            return fallback.dropout_add_backward(grad, dtype, dropout, wanted)
+            return in_pytorch.dropout_add_backward(grad, dtype, dropout, wanted)
         d_branch = grad.new_empty(grad.shape, dtype=dtype) if wanted[0] else None
         d_bias = grad.new_empty(grad.shape[-1:], dtype=_wide(grad.dtype)) if wanted[1] else None
         self._backward(grad.dtype, dropout, grad_sum=grad, d_branch=d_branch, d_input_bias=d_bias)
@@ -97,7 +97,7 @@ class NormKernels:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
         """The result, the sum (None unless kept), the copy (None unless wanted), mean and rstd."""
         if _replays_twister(dropout):
-            return fallback.dropout_add_layer_norm_forward(
+            return in_pytorch.dropout_add_layer_norm_forward(
                 input, input_bias, residual, norm, dropout, copy_dtype, keep_sum
             )
         dtype, shape = stream_dtype(input, residual), input.shape
@@ -140,7 +140,7 @@ class NormKernels:
         At least one of the three gradients flowing in is there.
         """
         if _replays_twister(dropout):
-            return fallback.dropout_add_layer_norm_backward(
+            return in_pytorch.dropout_add_layer_norm_backward(
                 grad_out, grad_sum, grad_copy, saved, mean, rstd, norm, input_dtype, sum_dtype,
                 dropout, save, wanted,
             )  # fmt: skip

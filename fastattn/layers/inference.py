@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from fastattn import dispatch
 from fastattn.arguments import AttentionArguments, NormArguments
 from fastattn.extension import inference, loading
-from fastattn.fallback import (
-    _ACTIVATE_IN_PLACE,
-    attention_without_dropout,
-    layer_norm_composite,
-    linear,
-)
 from fastattn.layers.masks import Masks
+from fastattn.pytorch.activations import ACTIVATE_IN_PLACE
+from fastattn.pytorch.attention import attention_without_dropout
+from fastattn.pytorch.layer_norm import layer_norm_composite
+from fastattn.pytorch.products import linear
 
 
 def encoder_layer_inference(
@@ -43,7 +41,7 @@ def _feed_forward(x: Tensor, layer: nn.TransformerEncoderLayer, activation: str)
     if activation == "relu" and inference.runs_inference(x, weight1, bias1):
         hidden = inference.add_bias_relu_(F.linear(x, weight1), bias1)
     else:
-        hidden = _ACTIVATE_IN_PLACE[activation](linear(x, weight1, bias1))
+        hidden = ACTIVATE_IN_PLACE[activation](linear(x, weight1, bias1))
     return F.linear(hidden, layer.linear2.weight)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, fallback, tracing
+from fastattn import dispatch, tracing
 from fastattn.arguments import (
     ATTENTION_ARGUMENTS,
     AttentionArguments,
@@ -37,6 +37,7 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
+from fastattn.pytorch import attention as in_pytorch
 
 
 def attention(
@@ -320,12 +321,12 @@ def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> A
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
     def fast(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> Tensor:
-        return fallback.attention_without_dropout(
+        return in_pytorch.attention_without_dropout(
             query, key, value, AttentionArguments(*masks, *arguments[2:])
         )
 
     def exact(*inputs: Tensor | None) -> Tensor:
-        return fallback.attention_composite(*inputs, arguments)
+        return in_pytorch.attention_composite(*inputs, arguments)
 
     return twice_differentiable(fast, exact, query, key, value, *arguments[:2])
 
@@ -333,8 +334,8 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArg
 def _composite(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
     """In differentiable operations; a trace keeps torch's own SDPA where nothing drops."""
     if tracing.traced() and not arguments.dropout.drops:
-        return fallback.attention_without_dropout(query, key, value, arguments)
-    return fallback.attention_composite(query, key, value, *arguments[:2], arguments)
+        return in_pytorch.attention_without_dropout(query, key, value, arguments)
+    return in_pytorch.attention_composite(query, key, value, *arguments[:2], arguments)
 
 
 def _leaves_it_to_torch(arguments: AttentionArguments) -> bool:
@@ -368,7 +369,7 @@ def why_not_triton(
 
 
 for _op in ("attention", "attention_packed"):
-    dispatch.register(_op, "pytorch", fallback)
+    dispatch.register(_op, "pytorch", in_pytorch)
     dispatch.register(_op, "triton", "fastattn.kernels.attention", why_not_triton)
 
 
@@ -519,7 +520,7 @@ def _second_order(inputs: tuple[Tensor | None, ...], packed: bool, options: list
 
     def composite(*x: Tensor | None) -> Tensor:
         tensors = x[0].unbind(-3) if packed else x[:3]
-        return fallback.attention_composite(*tensors, *x[-2:], arguments)
+        return in_pytorch.attention_composite(*tensors, *x[-2:], arguments)
 
     return differentiable_gradients(composite, inputs, grad)
 

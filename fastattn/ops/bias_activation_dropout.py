@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, fallback
+from fastattn import dispatch
 from fastattn.arguments import TOKEN_DROPOUT, TokenDropout, accumulation_dtype
 from fastattn.ops._library import (
     Function,
@@ -26,6 +26,8 @@ from fastattn.ops._library import (
     wants_second_order,
 )
 from fastattn.ops.dropout import token_dropout
+from fastattn.pytorch import bias_activation_dropout as in_pytorch
+from fastattn.pytorch.activations import ACTIVATIONS
 
 
 def bias_activation_dropout(
@@ -63,14 +65,14 @@ def bias_activation_dropout(
     dtypes = (input.dtype,) if bias is None else (input.dtype, bias.dtype)
     backend = dispatch.choose("bias_activation_dropout", input, backend, dtypes=dtypes)
     if needs_composite(input, bias) or (backend == "pytorch" and not dropout.drops):
-        return fallback.bias_activation_dropout_composite(input, bias, activation, dropout)
+        return in_pytorch.bias_activation_dropout_composite(input, bias, activation, dropout)
     return apply(_BiasActivationDropout, input, bias, activation, *dropout, backend)
 
 
 def check_activation(activation: str) -> None:
     """Raise unless ``activation`` is the name of a fused one."""
-    if activation not in fallback.ACTIVATIONS:
-        names = ", ".join(fallback.ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
         raise mismatch("activation", f"one of {names}", repr(activation))
 
 
@@ -89,7 +91,7 @@ def why_not_triton(
     return dispatch.why_not_triton(device)
 
 
-dispatch.register("bias_activation_dropout", "pytorch", fallback)
+dispatch.register("bias_activation_dropout", "pytorch", in_pytorch)
 dispatch.register(
     "bias_activation_dropout",
     "triton",
@@ -159,7 +161,7 @@ class _BiasActivationDropout(Function):
         if wants_second_order():
             activation, *dropout, _ = options
             gradients = differentiable_gradients(
-                lambda *x: fallback.bias_activation_dropout_composite(
+                lambda *x: in_pytorch.bias_activation_dropout_composite(
                     *x, activation, TokenDropout(*dropout)
                 ),
                 (input, bias),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, fallback
+from fastattn import dispatch
 from fastattn.arguments import (
     NORM_ARGUMENTS,
     TOKEN_DROPOUT,
@@ -48,6 +48,7 @@ from fastattn.ops.layer_norm import (
     register_backends,
     statistics_fake,
 )
+from fastattn.pytorch import layer_norm as in_pytorch
 
 #: What dropout_add_layer_norm may keep for backward: the sum before normalisation, the result, or
 #: the result's copy.
@@ -124,7 +125,7 @@ def dropout_add_layer_norm(
         total = _plain_sum(composite, input, input_bias, residual, dropout)
         dtype = arguments.out_dtype
         wide = dtype if copy_dtype is None else accumulation_dtype(total.dtype)
-        exact = fallback.layer_norm_composite(
+        exact = in_pytorch.layer_norm_composite(
             total, weight, bias, arguments._replace(out_dtype=wide)
         )
         copy = None if copy_dtype is None else exact.to(copy_dtype, copy=wide == dtype)
@@ -179,9 +180,9 @@ def _require_grad(*tensors: Tensor | None) -> bool:
 def _plain_sum(composite: bool, *arguments: Any) -> Tensor:
     """The sum without an op around it: in place where no derivative can be asked for."""
     if composite or torch.is_grad_enabled():
-        total = fallback.dropout_add_composite(*arguments)
+        total = in_pytorch.dropout_add_composite(*arguments)
         return total.clone() if total is arguments[0] else total
-    return fallback.dropout_add_forward(*arguments)
+    return in_pytorch.dropout_add_forward(*arguments)
 
 
 def _check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | None) -> None:
@@ -441,7 +442,7 @@ def _sum_of(grad_out: Tensor | None, grad_copy: Tensor | None, dtype: torch.dtyp
 
 def _drop_gradient(grad: Tensor, dtype: torch.dtype, dropout: TokenDropout) -> Tensor:
     """The (linear) backward of dropout in differentiable operations."""
-    return fallback.dropout_add_composite(grad, None, None, dropout).to(dtype)
+    return in_pytorch.dropout_add_composite(grad, None, None, dropout).to(dtype)
 
 
 def _second_order(grad_out, grad_sum, total, norm, input_dtype, dropout):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dispatch, fallback, tracing, tuned
+from fastattn import dispatch, tracing, tuned
 from fastattn.arguments import (
     TOKEN_DROPOUT,
     FeedForwardArguments,
@@ -39,6 +39,8 @@ from fastattn.ops._library import (
 )
 from fastattn.ops.bias_activation_dropout import check_activation, why_not_triton
 from fastattn.ops.dropout import token_dropout
+from fastattn.pytorch import feed_forward as in_pytorch
+from fastattn.pytorch import products
 
 #: What feed_forward may keep for backward: one (tokens, d_ff) tensor, or only its input.
 SAVE_LEVELS = ("hidden", "input")
@@ -165,7 +167,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, a little faster on a CPU where autograd does not look."""
     if torch.is_grad_enabled() or needs_composite(input, weight, bias):
         return F.linear(input, weight, bias)
-    return fallback.linear(input, weight, bias)
+    return products.linear(input, weight, bias)
 
 
 # --------------------------------------------------------------------- why not, per backend
@@ -201,7 +203,7 @@ dispatch.register(
     because=tuned.why_chosen,
 )
 dispatch.register("feed_forward", "triton", "fastattn.kernels.feed_forward", why_not_triton)
-dispatch.register("feed_forward", "pytorch", fallback)
+dispatch.register("feed_forward", "pytorch", in_pytorch)
 
 
 # ------------------------------------------------------------- schema, fake, implementation
@@ -227,7 +229,7 @@ def _composite(input, weight1, bias1, weight2, bias2, activation, dropout, chunk
     """The block from differentiable operations, its chunks dropping what the op's drop."""
     x = _rows(input)
     parts = [
-        fallback.feed_forward_composite(x[rows], weight1, bias1, weight2, bias2, activation, part)
+        in_pytorch.feed_forward_composite(x[rows], weight1, bias1, weight2, bias2, activation, part)
         for rows, part in _chunks(dropout, x.shape[0], chunk_tokens)
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)

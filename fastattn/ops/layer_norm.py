@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastattn import dispatch, fallback
+from fastattn import dispatch
 from fastattn.arguments import NORM_ARGUMENTS, NormArguments, accumulation_dtype
 from fastattn.extension import layer_norm as in_extension
 from fastattn.extension import loading
@@ -27,6 +27,7 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
+from fastattn.pytorch import layer_norm as in_pytorch
 
 #: What layer_norm may keep for backward.
 SAVE_LEVELS = ("input", "output")
@@ -78,7 +79,7 @@ def layer_norm(
     arguments = NormArguments(weight, bias, eps, out_dtype or norm_dtype(input.dtype, input))
     to_torch = leaves_it_to_torch(backend, input.dtype, save)
     if to_torch or needs_composite(input, weight, bias):
-        return fallback.layer_norm_composite(input, weight, bias, arguments)
+        return in_pytorch.layer_norm_composite(input, weight, bias, arguments)
     return apply(_LayerNorm, input, *arguments, save, backend)
 
 
@@ -177,7 +178,7 @@ def register_backends(op: str, cpu_unasked: Callable[..., str | None] | None = N
     dispatch.register(op, "cuda", in_extension.cuda, why_not_cuda)
     dispatch.register(op, "cpu", in_extension.cpu, why_not_cpu, cpu_unasked)
     dispatch.register(op, "triton", "fastattn.kernels.layer_norm", why_not_triton)
-    dispatch.register(op, "pytorch", fallback)
+    dispatch.register(op, "pytorch", in_pytorch)
 
 
 register_backends("layer_norm", cpu_unasked=why_unasked)
@@ -274,5 +275,5 @@ def norm_gradients(
     """Differentiable gradients of a layer norm's (input, weight, bias)."""
     arguments = NormArguments(*inputs[1:], eps, out_dtype)
     return differentiable_gradients(
-        lambda *x: fallback.layer_norm_composite(*x, arguments), inputs, grad_out
+        lambda *x: in_pytorch.layer_norm_composite(*x, arguments), inputs, grad_out
     )

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fastattn.arguments import FeedForwardArguments
-from fastattn.fallback import product
 from fastattn.kernels.bias_activation_dropout import (
     bias_activation_dropout_backward,
     bias_activation_dropout_forward,
 )
+from fastattn.pytorch.products import product
 
 
 class FeedForward:

@@ -8,11 +8,11 @@ import torch
 
 from compiled.variants import Kernel, Region, Variant
 from fastattn.arguments import TokenDropout
-from fastattn.fallback import ACTIVATIONS
 from fastattn.kernels.bias_activation_dropout import (
     bias_activation_dropout_backward,
     bias_activation_dropout_forward,
 )
+from fastattn.pytorch.activations import ACTIVATIONS
 
 ROWS, COLUMNS = 4096, 3072
 SEED = torch.empty(1, dtype=torch.int64, device="meta")

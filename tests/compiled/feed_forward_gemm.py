@@ -9,8 +9,8 @@ import torch
 
 from compiled.variants import Extra, Kernel, Region, Variant
 from fastattn.arguments import FeedForwardArguments, TokenDropout
-from fastattn.fallback import ACTIVATIONS
 from fastattn.kernels.feed_forward_gemm import FusedProducts
+from fastattn.pytorch.activations import ACTIVATIONS
 
 TOKENS, D, D_FF = 4096, 768, 3072
 SEED = torch.empty(1, dtype=torch.int64, device="meta")
