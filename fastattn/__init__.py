@@ -8,7 +8,8 @@ from fastattn.layers.encoder_layer import FusedEncoderLayer
 from fastattn.layers.layer_norm import FusedLayerNorm
 from fastattn.ops.attention import attention, attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
-from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
+from fastattn.ops.dropout_add import dropout_add
+from fastattn.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
 from fastattn.tuning import tune

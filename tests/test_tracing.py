@@ -16,7 +16,8 @@ from fastattn import FusedEncoderLayer, FusedLayerNorm, explain, tracing
 from fastattn.models import SequenceEncoder
 from fastattn.ops.attention import attention, attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
-from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
+from fastattn.ops.dropout_add import dropout_add
+from fastattn.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
 

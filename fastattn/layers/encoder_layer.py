@@ -28,10 +28,11 @@ from fastattn.layers.plain import (
     why_norm_is_module,
     why_padded,
 )
-from fastattn.ops._library import check_save
+from fastattn.ops._checks import check_save
 from fastattn.ops.attention import attention_packed
 from fastattn.ops.bias_activation_dropout import bias_activation_dropout
-from fastattn.ops.dropout_add import dropout_add, dropout_add_layer_norm
+from fastattn.ops.dropout_add import dropout_add
+from fastattn.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastattn.ops.feed_forward import check_chunk_tokens, feed_forward, linear
 from fastattn.ops.layer_norm import layer_norm, why_not_from_output
 

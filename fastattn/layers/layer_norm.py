@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.ops._library import check_save
+from fastattn.ops._checks import check_save
 from fastattn.ops.layer_norm import SAVE_LEVELS, layer_norm, why_not_from_output
 
 __all__ = ["FusedLayerNorm"]

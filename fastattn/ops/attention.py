@@ -21,22 +21,19 @@ from fastattn.arguments import (
     like_query,
 )
 from fastattn.dropout import HEADS
-from fastattn.ops._library import (
+from fastattn.ops._autograd import (
     Function,
     apply,
-    check_dropout,
-    check_floating,
-    define,
     differentiable_gradients,
-    mismatch,
     needs_composite,
     recall,
     remember,
     twice_differentiable,
-    values_of,
     wanted_only,
     wants_second_order,
 )
+from fastattn.ops._checks import check_dropout, check_floating, mismatch, values_of
+from fastattn.ops._register import define, or_empty
 from fastattn.pytorch import attention as in_pytorch
 
 
@@ -430,7 +427,7 @@ def _backward(
         (grad_key_padding_mask, grad_attn_mask),
         gradients,
     )
-    return *gradients, *(query.new_empty(0) if g is None else g for g in of_masks)
+    return *gradients, *or_empty(of_masks, query)
 
 
 def _mask_gradients_fake(
@@ -476,7 +473,7 @@ def _packed_backward(
         (grad_key_padding_mask, grad_attn_mask),
         d_qkv.unbind(-3),
     )
-    return d_qkv, *(qkv.new_empty(0) if g is None else g for g in of_masks)
+    return d_qkv, *or_empty(of_masks, qkv)
 
 
 def _packed_backward_fake(grad_out, qkv, out, statistics, grad_padding, grad_mask, *options):

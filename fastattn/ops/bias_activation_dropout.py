@@ -10,22 +10,18 @@ from torch import Tensor
 
 from fastattn import dispatch
 from fastattn.arguments import TOKEN_DROPOUT, TokenDropout, accumulation_dtype
-from fastattn.ops._library import (
+from fastattn.ops._autograd import (
     Function,
     apply,
-    check_dropout,
-    check_rows,
-    check_vector,
-    define,
     differentiable_gradients,
-    mismatch,
     needs_composite,
     recall,
     remember,
     wanted_only,
     wants_second_order,
 )
-from fastattn.ops.dropout import token_dropout
+from fastattn.ops._checks import check_dropout, check_rows, check_vector, mismatch, token_dropout
+from fastattn.ops._register import define
 from fastattn.pytorch import bias_activation_dropout as in_pytorch
 from fastattn.pytorch.activations import ACTIVATIONS
 

@@ -21,24 +21,26 @@ from fastattn.arguments import (
     accumulation_dtype,
     autocast_dtype,
 )
-from fastattn.ops._library import (
+from fastattn.ops._autograd import (
     Function,
     apply,
-    check_dropout,
-    check_rows,
-    check_save,
-    check_vector,
-    define,
     differentiable_gradients,
-    mismatch,
     needs_composite,
     recall,
     remember,
     wanted_only,
     wants_second_order,
 )
+from fastattn.ops._checks import (
+    check_dropout,
+    check_rows,
+    check_save,
+    check_vector,
+    mismatch,
+    token_dropout,
+)
+from fastattn.ops._register import define, or_empty
 from fastattn.ops.bias_activation_dropout import check_activation, why_not_triton
-from fastattn.ops.dropout import token_dropout
 from fastattn.pytorch import feed_forward as in_pytorch
 from fastattn.pytorch import products
 
@@ -277,7 +279,7 @@ def _backward(grad_out, input, weight1, bias1, weight2, hidden, wanted, activati
         sums = _added(sums, found)
     gradients = [None if d_input is None else d_input.view(input.shape)]
     gradients += [None if total is None else total.to(x.dtype) for total in sums]
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    return or_empty(gradients, x)
 
 
 def _added(

@@ -12,14 +12,9 @@ from fastattn import dispatch
 from fastattn.arguments import NORM_ARGUMENTS, NormArguments, accumulation_dtype
 from fastattn.extension import layer_norm as in_extension
 from fastattn.extension import loading
-from fastattn.ops._library import (
+from fastattn.ops._autograd import (
     Function,
     apply,
-    check_floating,
-    check_rows,
-    check_save,
-    check_vector,
-    define,
     differentiable_gradients,
     needs_composite,
     recall,
@@ -27,6 +22,8 @@ from fastattn.ops._library import (
     wanted_only,
     wants_second_order,
 )
+from fastattn.ops._checks import check_floating, check_rows, check_save, check_vector
+from fastattn.ops._register import define, or_empty
 from fastattn.pytorch import layer_norm as in_pytorch
 
 #: What layer_norm may keep for backward.
@@ -210,7 +207,7 @@ def _backward(
     gradients = functions.layer_norm_backward(
         grad_out, saved, mean, rstd, arguments, input_dtype, save, want
     )
-    return tuple(saved.new_empty(0) if g is None else g for g in gradients)
+    return or_empty(gradients, saved)
 
 
 def _backward_fake(

@@ -15,42 +15,8 @@ from fastattn import dispatch, dropout
 from fastattn.arguments import TOKEN_DROPOUT, AttentionDropout, TokenDropout
 from fastattn.extension import dropout_factor as in_extension
 from fastattn.extension import loading
-from fastattn.ops._library import check_device, define, mismatch
+from fastattn.ops._register import define
 from fastattn.pytorch import dropout_factor as in_pytorch
-
-
-def token_dropout(
-    input: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    site: int,
-    row_index: Tensor | None,
-    row_period: int | None,
-    batch_first: bool,
-    column_offset: int = 0,
-) -> TokenDropout:
-    """Check a token-wise op's row map and fill in its default period, ``input.shape[-2]``.
-
-    An input of two dimensions is one sequence, whichever dimension comes first in batches.
-    """
-    if row_index is not None:
-        rows = (input.shape[:-1].numel(),)
-        if row_index.dtype != torch.int32 or row_index.shape != rows:
-            got = f"{tuple(row_index.shape)} {row_index.dtype}"
-            raise mismatch("row_index", f"{rows} torch.int32", got)
-        check_device("row_index", row_index, input)
-        row_index = row_index.contiguous()
-        if row_period is None:
-            raise mismatch("row_period", "given with row_index", None)
-    if row_period is not None and not 0 <= row_period < 2**32:
-        raise mismatch("row_period", "from 0 to 2**32 - 1", row_period)
-    if column_offset < 0:
-        raise mismatch("column_offset", "at least 0", column_offset)
-    if row_period is None:
-        batched = input.dim() > 2
-        row_period = input.shape[-2] if batched or (batch_first and input.dim() == 2) else 1
-    return TokenDropout(dropout_p, seed, site, row_index, row_period, batch_first, column_offset)
-
 
 # --------------------------------------------------------------------- why not, per backend
 

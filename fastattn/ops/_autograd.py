@@ -1,8 +1,7 @@
-"""What every op shares: its registration, and when autograd needs the differentiable composite."""
+"""Where an op meets autograd: what it saves, and when it needs the differentiable composite."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,36 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import tracing
-from fastattn.dropout import check_seed, check_site
-
-_library = torch.library.Library("fastattn", "DEF")
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
-def define(schema: str, implementation: Callable, fake: Callable) -> Any:
-    """Register ``fastattn::<schema>`` for CPU and CUDA and return the callable overload."""
-    name = schema[: schema.index("(")]
-    _library.define(schema)
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, _without_autocast(implementation), key)
-    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastattn, name).default
-
-
-def _without_autocast(implementation: Callable) -> Callable:
-    """An op's dtypes are settled in its public function; nothing inside may cast again."""
-
-    @tracing.opaque
-    @functools.wraps(implementation)
-    def wrapped(*arguments: Any) -> Any:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return wrapped(*arguments)
-        return implementation(*arguments)
-
-    return wrapped
 
 
 class Function(torch.autograd.Function):
@@ -144,73 +115,6 @@ def _record(
         for x, want in zip(inputs, wanted, strict=True)
     ]
     return leaves, function(*leaves)
-
-
-def mismatch(argument: str, expected: str, got: Any) -> ValueError:
-    """The error for an argument that does not fit, to raise."""
-    if isinstance(got, torch.Size):
-        got = tuple(got)
-    return ValueError(f"{argument} must be {expected}, but got {got}")
-
-
-def check_rows(input: Tensor) -> None:
-    """Raise unless ``input`` is floating point with a last dimension, its columns."""
-    if input.dim() < 1 or not input.is_floating_point():
-        raise mismatch("input", "at least 1-D floating point", f"{input.dim()}-D {input.dtype}")
-
-
-def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
-    """Raise unless ``vector`` is None or has one number for each column of ``input``."""
-    if vector is None:
-        return
-    if vector.dim() != 1 or vector.shape[0] != input.shape[-1]:
-        raise mismatch(name, f"of shape {tuple(input.shape[-1:])}", vector.shape)
-    check_floating(name, vector.dtype)
-    check_device(name, vector, input)
-
-
-def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    """Raise unless ``tensor`` is on the device of ``input``: kernels get addresses."""
-    if tensor.device != input.device:
-        raise mismatch(name, f"on {input.device}, as input is", tensor.device)
-
-
-def values_of(tensor: Tensor) -> list[Any] | None:
-    """The numbers of a small tensor; None where they are not known or reading them would cost.
-
-    That is on a GPU, where it waits for the device, and while anything follows the calls.
-    """
-    if torch.compiler.is_compiling() or tracing.watched():
-        return None
-    if type(tensor) is not Tensor or not tensor.is_cpu:
-        return None
-    return tensor.tolist()
-
-
-def check_floating(name: str, dtype: torch.dtype | None) -> None:
-    """Raise unless ``dtype``, of or for what ``name`` names, is None or floating point."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise mismatch(name, "floating point", dtype)
-
-
-def check_save(save: str, levels: tuple[str, ...]) -> None:
-    """Raise unless ``save`` is one of ``levels``."""
-    if save not in levels:
-        raise mismatch("save", f"one of {levels}", repr(save))
-
-
-def check_dropout(dropout_p: float, seed: Tensor | None, site: int, input: Tensor) -> None:
-    """Raise unless ``dropout_p`` is a probability and its decisions are well defined."""
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
-    check_site(site)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise mismatch("dropout_p", "between 0 and 1", dropout_p)
-    if seed is not None:
-        check_seed(seed)
-        check_device("seed", seed, input)
-    elif dropout_p > 0.0:
-        raise ValueError("seed must be given where dropout_p > 0; see fastattn.dropout.draw_seed")
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
