@@ -11,16 +11,11 @@ from torch import Tensor
 
 from fastattn.dropout import keep_scale, threshold
 from fastattn.kernels.attention_backward import key_gradient_kernel, query_gradient_kernel
-from fastattn.kernels.attention_configs import (
-    Config,
-    capability,
-    choose,
-    choose_whole_pass,
-    multiprocessors,
-)
+from fastattn.kernels.attention_configs import Config, choose, choose_whole_pass
 from fastattn.kernels.attention_forward import forward_kernel
 from fastattn.kernels.attention_mask_gradient import mask_gradient_kernel
 from fastattn.kernels.attention_tiles import Tile
+from fastattn.kernels.device import capability, multiprocessors
 
 ACCESS_BYTES = 16  # of the widest load and store
 STRIDE_LIMIT = 1 << 23  # elements between rows, from which offsets inside a tile need 64 bits

@@ -8,15 +8,13 @@ out at run time: two runs on one machine take the same tiles.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
 from torch.torch_version import TorchVersion
 
-if TYPE_CHECKING:
-    from fastattn.kernels.attention import Launch
-
+from fastattn.kernels.device import capability
 
 SHORT = 64  # queries of a short forward pass: half a tile of the usual one
 
@@ -54,53 +52,53 @@ class WholePass(NamedTuple):
     pairs: Config | None
 
 
-def choose(kernel: str, launch: Launch) -> Config:
+class Call(Protocol):
+    """What of a call its tiles depend on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    seqlen_q: int
+    seqlen_k: int
+    has_pair_mask: bool  # causal or attn_mask
+
+
+def choose(kernel: str, call: Call) -> Config:
     """The tile of ``kernel`` for a call."""
-    entry = _entry(launch)
-    if kernel == "forward" and launch.seqlen_q <= SHORT and "short forward" in entry:
+    entry = _entry(call)
+    if kernel == "forward" and call.seqlen_q <= SHORT and "short forward" in entry:
         kernel = "short forward"
     plain, pairs = entry[kernel]
-    config = pairs if _is_crowded(launch) and pairs is not None else plain
-    if not COPIES_ARE_FENCED and capability(launch.device)[0] in (9, 10):
+    config = pairs if _is_crowded(call) and pairs is not None else plain
+    if not COPIES_ARE_FENCED and capability(call.device)[0] in (9, 10):
         return config._replace(num_stages=1)  # no copies: threads write what they have loaded
     return config
 
 
-def choose_whole_pass(launch: Launch) -> Config | None:
+def choose_whole_pass(call: Call) -> Config | None:
     """The tile of a backward pass in one kernel, None where it does not fit into registers."""
-    longest = max(launch.seqlen_q, launch.seqlen_k)
-    for length, plain, pairs in _entry(launch).get("whole pass", ()):
+    longest = max(call.seqlen_q, call.seqlen_k)
+    for length, plain, pairs in _entry(call).get("whole pass", ()):
         if longest <= length:
-            return pairs if _is_crowded(launch) else plain
+            return pairs if _is_crowded(call) else plain
     return None
 
 
-def _is_crowded(launch: Launch) -> bool:
+def _is_crowded(call: Call) -> bool:
     """Whether masks of pairs, or of columns past the head dimension, take up registers."""
-    return launch.has_pair_mask or launch.head_dim != triton.next_power_of_2(launch.head_dim)
+    return call.has_pair_mask or call.head_dim != triton.next_power_of_2(call.head_dim)
 
 
-def _entry(launch: Launch) -> dict:
-    bits = 32 if launch.dtype == torch.float32 else 16
-    by_head_dim = CONFIGS[_family(launch.device)][bits]
-    return next(entry for limit, entry in by_head_dim.items() if launch.head_dim <= limit)
+def _entry(call: Call) -> dict:
+    bits = 32 if call.dtype == torch.float32 else 16
+    by_head_dim = CONFIGS[_family(call.device)][bits]
+    return next(entry for limit, entry in by_head_dim.items() if call.head_dim <= limit)
 
 
 def _family(device: torch.device) -> int:
     """The architecture whose table fits: 90 and 100 have tensor-core instructions of their own."""
     major = capability(device)[0]
     return {9: 90, 10: 100}.get(major, 80)
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; in Triton's interpreter, on a CPU, that of Hopper."""
-    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
-
-
-def multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 #: By architecture, bits of an element, largest head dimension and kernel.

@@ -26,8 +26,8 @@ from torch import Tensor
 from fastattn.arguments import TokenDropout
 from fastattn.dropout import threshold
 from fastattn.kernels.activations import activate, activation_backward
-from fastattn.kernels.attention_configs import capability, multiprocessors
 from fastattn.kernels.column_sums import sum_parts
+from fastattn.kernels.device import capability, multiprocessors
 from fastattn.kernels.dropout import activation_words, is_kept, token_coordinates
 
 SLICES = 8  # of a block of 64 columns

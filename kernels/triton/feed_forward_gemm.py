@@ -23,8 +23,8 @@ from torch import Tensor
 from fastattn.arguments import FeedForwardArguments, TokenDropout
 from fastattn.dropout import threshold
 from fastattn.kernels.activations import activate, activation_backward
-from fastattn.kernels.attention_configs import capability, multiprocessors
 from fastattn.kernels.column_sums import sum_parts
+from fastattn.kernels.device import capability, multiprocessors
 from fastattn.kernels.dropout import INTERPRETED, LANE, activation_words, token_coordinates
 from fastattn.kernels.feed_forward import FeedForward
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastattn.arguments import TokenDropout
 from fastattn.dropout import threshold
-from fastattn.kernels.attention_configs import multiprocessors
 from fastattn.kernels.column_sums import sum_parts
+from fastattn.kernels.device import multiprocessors
 from fastattn.kernels.layer_norm_backward import (
     backward_kernel,
     branch_backward_kernel,
