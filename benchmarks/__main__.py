@@ -232,7 +232,7 @@ def table_command(arguments: argparse.Namespace) -> int:
     for document in arguments.write or ():
         report.write_into(document, results, source)
     if not arguments.write:
-        print(report.markdown(results, source, arguments.only))
+        print(report.markdown(results, source, report.Excerpt(arguments.only)))
     return 0
 
 

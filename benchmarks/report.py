@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -300,7 +301,7 @@ def _memory_cell(baseline: dict, ours: dict, key: str) -> str:
     return f"{_megabytes(baseline[key])} → {_megabytes(ours[key])}"
 
 
-def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]]) -> list[str]:
+def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]], excerpt: Excerpt) -> list[str]:
     rows = [row for _, rows in cases for row in rows]
     absent = "skipped"
     providers = list(dict.fromkeys(row["provider"] for row in rows if row["status"] != absent))
@@ -309,12 +310,15 @@ def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]]) -> list[str]:
     launches = len({row["launch"] for row in rows}) > 1
     lead = ["size", "mode", *(["launches"] if launches else [])]
     tail = [f"{kind} MB, {providers[0]} → fastattn" for kind in ("peak", "saved")]
-    lines = [
+    head = [
         f"| {' | '.join([*lead, *providers, *tail])} |",
         f"|{'---|' * len(lead)}{'--:|' * (len(providers) + len(tail))}",
     ]
+    lines = []
     for case, of_case in cases:
         for (mode, launch), group in groupby(of_case, key=lambda row: (row["mode"], row["launch"])):
+            if excerpt.mode not in (None, mode):
+                continue
             by_provider = {row["provider"]: row for row in group}
             times = [
                 _time_cell(by_provider[name]) if name in by_provider else "" for name in providers
@@ -323,10 +327,32 @@ def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]]) -> list[str]:
             memory = [_memory_cell(baseline, ours, f"{kind}_bytes") for kind in ("peak", "saved")]
             cells = [case["name"], mode, *([launch] if launches else []), *times, *memory]
             lines.append(f"| {' | '.join(cells)} |")
-    return [f"**`{op}`**", "", *lines]
+    return [f"**`{op}`**", "", *head, *lines[: excerpt.rows]]
 
 
-def markdown(results: dict, source: str, ops: Iterable[str] | None = None) -> str:
+class Excerpt(NamedTuple):
+    """What of the results a document shows."""
+
+    ops: list[str] | None = None  # None: all
+    mode: str | None = None  # None: all
+    rows: int | None = None  # of every table, at most; None: all
+
+    @classmethod
+    def asked_for(cls, opening: str) -> Excerpt:
+        """As an opening comment says: ops by name, `mode=training-step`, `rows=3`."""
+        words = opening.removeprefix("<!-- results:start").removesuffix("-->").split()
+        options = dict(word.split("=") for word in words if "=" in word)
+        return cls(
+            [word for word in words if "=" not in word] or None,
+            options["mode"].replace("-", " ") if "mode" in options else None,
+            int(options["rows"]) if "rows" in options else None,
+        )
+
+
+ALL = Excerpt()
+
+
+def markdown(results: dict, source: str, excerpt: Excerpt = ALL) -> str:
     """A table per op for the documents: times, and fastattn's speedup over each peer."""
     lines = [
         f"{headline(results)}.",
@@ -334,17 +360,17 @@ def markdown(results: dict, source: str, ops: Iterable[str] | None = None) -> st
         "many times as fast fastattn is, run the same way: the median of per-round ratios with its "
         f"95 % bootstrap interval. From `{source}`.",
     ]
-    for op, cases in groupby(by_case(results, ops), key=lambda pair: pair[0]["op"]):
-        lines += ["", *_markdown_table(op, list(cases))]
+    for op, cases in groupby(by_case(results, excerpt.ops), key=lambda pair: pair[0]["op"]):
+        lines += ["", *_markdown_table(op, list(cases), excerpt)]
     return "\n".join(lines)
 
 
 def write_into(document: Path, results: dict, source: str) -> None:
     """Put the table between the two comments that mark it in a document.
 
-    Where they say `<!-- results:start encoder_layer -->`, of these ops only.
+    The first of them may ask for an :class:`Excerpt`.
     """
-    put(document, "results", lambda opening: markdown(results, source, ops_in(opening)))
+    put(document, "results", lambda start: markdown(results, source, Excerpt.asked_for(start)))
 
 
 def put(document: Path, name: str, table: Callable[[str], str]) -> None:
@@ -358,8 +384,3 @@ def put(document: Path, name: str, table: Callable[[str], str]) -> None:
     document.write_text(
         f"{text[:start]}{opening}\n{table(opening)}\n{text[end:]}", encoding="utf-8"
     )
-
-
-def ops_in(opening: str) -> list[str] | None:
-    """The ops that an opening comment names, None where it means all."""
-    return opening.removeprefix("<!-- results:start").removesuffix("-->").split() or None

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import statistics
 from collections.abc import Callable, Iterable
@@ -167,14 +168,12 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 def _circumstances(device: torch.device, tokens: int, dropout_p: float) -> dict[str, str]:
     import triton
 
-    import fastattn
-
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "tokens": str(tokens),
         "dropout_p": str(dropout_p),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "fastattn": fastattn.__version__,
+        "fastattn": importlib.metadata.version("fastattn"),
         "date": datetime.date.today().isoformat(),
     }
