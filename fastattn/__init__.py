@@ -4,6 +4,7 @@
 """
 
 from fastattn.dispatch import available_backends, explain, use_backend
+from fastattn.dropout import draw_seed
 from fastattn.layers.encoder_layer import FusedEncoderLayer
 from fastattn.layers.layer_norm import FusedLayerNorm
 from fastattn.ops.attention import attention, attention_packed
@@ -25,9 +26,13 @@ __all__ = [
     "bias_activation_dropout",
     "dropout_add",
     "dropout_add_layer_norm",
+    "draw_seed",
     "explain",
     "feed_forward",
     "layer_norm",
     "tune",
     "use_backend",
 ]
+
+# What pickles name, so that they survive moves of the code.
+FusedEncoderLayer.__module__ = FusedLayerNorm.__module__ = __name__

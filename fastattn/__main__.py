@@ -37,7 +37,7 @@ def report() -> str:
     lines = [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines += ["", f"Backends on {device}, best first:"]
-    for op in dispatch.BACKENDS:
+    for op in sorted(dispatch.BACKENDS):
         lines.append(f"  {op}")
         for backend, reason in dispatch.reasons_of(op, device).items():
             lines.append(f"    {backend:<11} {'yes' if reason is None else f'no: {reason}'}")

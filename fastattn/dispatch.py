@@ -18,17 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Every op and the backends it may have, best first.
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("triton", "pytorch"),
-    "attention_packed": ("triton", "pytorch"),
-    "feed_forward": ("triton_gemm", "triton", "pytorch"),
-    "bias_activation_dropout": ("triton", "pytorch"),
-    "layer_norm": ("cuda", "cpu", "triton", "pytorch"),
-    "dropout_add_layer_norm": ("cuda", "cpu", "triton", "pytorch"),
-    "dropout_add": ("cuda", "cpu", "triton", "pytorch"),
-    "dropout_factor": ("cpu", "pytorch"),
-}
+#: Every op and the backends it may have, best first, as :func:`register` was told of them.
+BACKENDS: dict[str, tuple[str, ...]] = {}
 
 #: Triton's interpreter, for tests, runs kernels on CPU tensors.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,15 +40,15 @@ class Backend:
 
     functions: Any
     why_not: Callable[..., str | None] = _can_always
-    unasked: str | Callable[..., str | None] | None = None
-    because: Callable[..., str | None] = _can_always
+    only_by_name: Callable[..., str | None] | None = None
+    evidence: Callable[..., str | None] = _can_always
 
-    def why_unasked(self, device: torch.device, **facts: Any) -> str | None:
+    def why_only_by_name(self, device: torch.device, **facts: Any) -> str | None:
         """Why this call takes it only where it is asked for by name; None if it may."""
-        return self.unasked(device=device, **facts) if callable(self.unasked) else self.unasked
+        return None if self.only_by_name is None else self.only_by_name(device=device, **facts)
 
 
-_registry: dict[str, dict[str, Backend]] = {op: {} for op in BACKENDS}
+_registry: dict[str, dict[str, Backend]] = {}
 _requested: dict[str, str] = {}
 _always: dict[tuple[Any, ...], str | None] = {}
 _record: list[Choice] | None = None
@@ -70,10 +61,10 @@ class Choice:
     part: str
     taken: str
     why_not: dict[str, str] = field(default_factory=dict)
-    because: str | None = None  # where a measurement decided
+    evidence: str | None = None  # where a measurement decided
 
     def __str__(self) -> str:
-        lines = [f"{self.part}: {self.taken}" + (f", {self.because}" if self.because else "")]
+        lines = [f"{self.part}: {self.taken}" + (f", {self.evidence}" if self.evidence else "")]
         lines += [f"    not {name}: {reason}" for name, reason in self.why_not.items()]
         return "\n".join(lines)
 
@@ -83,19 +74,25 @@ def register(
     backend: str,
     functions: Any,
     why_not: Callable[..., str | None] | None = None,
-    unasked: str | Callable[..., str | None] | None = None,
-    because: Callable[..., str | None] = _can_always,
+    only_by_name: Callable[..., str | None] | None = None,
+    evidence: Callable[..., str | None] = _can_always,
 ) -> None:
-    """Make ``functions`` the ``backend`` of ``op``; ``why_not(**facts)`` says what it cannot do.
+    """Make ``functions`` the next best ``backend`` of ``op``, or of one that is known another.
 
-    ``functions`` is an object that has them, or the name of a module to import when they first run.
-    ``unasked``, words or ``unasked(**facts)``, is why the backend, though it can, is taken only
-    where it is asked for by name; ``because(**facts)`` is the measurement that speaks for it.
+    Args:
+        op, backend: their names.
+        functions: an object that has them, or the name of a module to import when they first run.
+        why_not: ``why_not(device, **facts)`` says what of a call it cannot run; None: nothing.
+        only_by_name: says why a call, though it can run it, takes it only where it is asked for.
+        evidence: names the measurement by which a call takes it.
     """
-    _known(op, backend)
+    names = BACKENDS.setdefault(op, ())
+    if backend not in names:
+        BACKENDS[op] = names = (*names, backend)
     _always.clear()
-    _registry[op][backend] = Backend(functions, why_not or _can_always, unasked, because)
-    _registry[op] = {name: _registry[op][name] for name in BACKENDS[op] if name in _registry[op]}
+    entries = _registry.setdefault(op, {})
+    entries[backend] = Backend(functions, why_not or _can_always, only_by_name, evidence)
+    _registry[op] = {name: entries[name] for name in names if name in entries}
 
 
 def functions(op: str, backend: str) -> Any:
@@ -161,7 +158,7 @@ def choose(op: str, tensor: Tensor, backend: str | None = None, **facts: Any) ->
     if _record is not None:
         better = BACKENDS[op][: BACKENDS[op].index(taken)]
         reasons = {n: _why_passed_over(op, n, taken, tensor.device, facts) for n in better}
-        note(op, taken, reasons, _registry[op][taken].because(device=tensor.device, **facts))
+        note(op, taken, reasons, _registry[op][taken].evidence(device=tensor.device, **facts))
     return taken
 
 
@@ -172,7 +169,7 @@ def _why_passed_over(
     reason = why_not(op, backend, device, **facts)
     entry = _registry[op].get(backend)
     if reason is None and entry is not None:
-        reason = entry.why_unasked(device, **facts)
+        reason = entry.why_only_by_name(device, **facts)
     return reason or f"{taken} was asked for"
 
 
@@ -202,12 +199,10 @@ def _unconditional(op: str, device: str) -> str | None:
     """The best backend of ``op`` on ``device``, if it can run every call; None if that depends."""
     if (op, device) not in _always:
         best = next(
-            name
-            for name, entry in _registry[op].items()
-            if _DEVICES.get(name, device) == device and not isinstance(entry.unasked, str)
+            name for name, entry in _registry[op].items() if _DEVICES.get(name, device) == device
         )
         entry = _registry[op][best]
-        takes_all = entry.why_not is _can_always and entry.unasked is None
+        takes_all = entry.why_not is _can_always and entry.only_by_name is None
         _always[op, device] = best if takes_all else None
     return _always[op, device]
 
@@ -219,7 +214,7 @@ def _select(op: str, device: torch.device, backend: str | None = None, **facts: 
             name
             for name, entry in _registry[op].items()
             if why_not(op, name, device, **facts) is None
-            and entry.why_unasked(device, **facts) is None
+            and entry.why_only_by_name(device, **facts) is None
         )
     _known(op, asked)
     reason = why_not(op, asked, device, **facts)
@@ -228,10 +223,10 @@ def _select(op: str, device: torch.device, backend: str | None = None, **facts: 
     return asked
 
 
-def note(part: str, taken: str, reasons: dict[str, str], because: str | None = None) -> None:
+def note(part: str, taken: str, reasons: dict[str, str], evidence: str | None = None) -> None:
     """Record a choice for :func:`explain`; free when nothing listens."""
     if _record is not None:
-        _record.append(Choice(part, taken, reasons, because))
+        _record.append(Choice(part, taken, reasons, evidence))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import pkgutil
 import re
 import shlex
 import textwrap
@@ -234,6 +235,30 @@ def test_every_schema_argument_is_explained_or_a_tensor_of_the_formula() -> None
 def test_every_public_name_is_documented() -> None:
     text = read("README.md") + read("docs/design.md")
     assert [n for n in fastattn.__all__ if not re.search(rf"\b{n}\b", text)] == []
+
+
+def is_there(dotted: str) -> bool:
+    """Whether it is a module, or a name in one. Kernels are found, not imported."""
+    if dotted.startswith("fastattn.kernels."):
+        return importlib.util.find_spec(dotted) is not None
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_names_in_documents_and_docstrings_are_there() -> None:
+    sources = [*ROOT.glob("fastattn/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+    used = {
+        found
+        for path in (*DOCUMENTS, *sources, *ROOT.glob("examples/*.py"))
+        for found in re.findall(
+            r"(?<![\w.])fastattn(?:\.[A-Za-z_]\w*)+", path.read_text(encoding="utf-8")
+        )
+    }
+    assert {"fastattn.tuning.load", "fastattn.dropout.draw_seed"} <= used
+    assert sorted(name for name in used - {"fastattn._C"} if not is_there(name)) == []
 
 
 def test_folder_map_names_what_is_there() -> None:

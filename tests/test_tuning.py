@@ -188,7 +188,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         CANDIDATE,
         SimpleNamespace(**directions),
         lambda activation="", **_: "not silu" if activation == "silu" else None,
-        unasked=tuned.why_not_chosen,
+        only_by_name=tuned.why_not_chosen,
     )
     dispatch.register("feed_forward", ANCHOR, in_pytorch, lambda **_: None)
     return ran
@@ -578,11 +578,11 @@ def test_a_measured_backend_is_asked_about_before_one_that_takes_all(monkeypatch
     monkeypatch.setattr(dispatch, "_always", {})
     monkeypatch.setitem(dispatch._DEVICES, "triton_gemm", "cpu")
 
-    def unasked(device: torch.device, good: bool = False, **facts: object) -> str | None:
+    def only_by_name(device: torch.device, good: bool = False, **facts: object) -> str | None:
         return None if good else "not measured"
 
     registry["feed_forward"] = {"pytorch": registry["feed_forward"]["pytorch"]}
-    dispatch.register("feed_forward", "triton_gemm", in_pytorch, unasked=unasked)
+    dispatch.register("feed_forward", "triton_gemm", in_pytorch, only_by_name=only_by_name)
     x = torch.empty(1)
     assert dispatch.choose("feed_forward", x) == "pytorch"
     assert dispatch.choose("feed_forward", x, good=True) == "triton_gemm"

@@ -366,8 +366,8 @@ def why_not_triton(
 
 
 for _op in ("attention", "attention_packed"):
-    dispatch.register(_op, "pytorch", in_pytorch)
     dispatch.register(_op, "triton", "fastattn.kernels.attention", why_not_triton)
+    dispatch.register(_op, "pytorch", in_pytorch)
 
 
 # ------------------------------------------------------------- schema, fake, implementation

@@ -87,13 +87,13 @@ def why_not_triton(
     return dispatch.why_not_triton(device)
 
 
-dispatch.register("bias_activation_dropout", "pytorch", in_pytorch)
 dispatch.register(
     "bias_activation_dropout",
     "triton",
     "fastattn.kernels.bias_activation_dropout",
     why_not_triton,
 )
+dispatch.register("bias_activation_dropout", "pytorch", in_pytorch)
 
 
 # ------------------------------------------------------------- schema, fake, implementation

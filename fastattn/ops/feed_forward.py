@@ -201,8 +201,8 @@ dispatch.register(
     "triton_gemm",
     "fastattn.kernels.feed_forward_gemm",
     why_not_triton_gemm,
-    unasked=tuned.why_not_chosen,
-    because=tuned.why_chosen,
+    only_by_name=tuned.why_not_chosen,
+    evidence=tuned.why_chosen,
 )
 dispatch.register("feed_forward", "triton", "fastattn.kernels.feed_forward", why_not_triton)
 dispatch.register("feed_forward", "pytorch", in_pytorch)

@@ -159,7 +159,7 @@ def _why_not_dtypes(dtypes: Dtypes, known: frozenset[torch.dtype]) -> str | None
     return None
 
 
-def why_unasked(device: torch.device, dtypes: Dtypes = ()) -> str | None:
+def why_cpu_only_by_name(device: torch.device, dtypes: Dtypes = ()) -> str | None:
     """Why a norm alone takes the C++ kernels by name only.
 
     In 16 bits it takes them: torch's own keep mean and deviation for backward in the dtype of the
@@ -170,15 +170,15 @@ def why_unasked(device: torch.device, dtypes: Dtypes = ()) -> str | None:
     return None
 
 
-def register_backends(op: str, cpu_unasked: Callable[..., str | None] | None = None) -> None:
+def register_backends(op: str, cpu_only_by_name: Callable[..., str | None] | None = None) -> None:
     """The same four for every op with a norm or a residual sum."""
     dispatch.register(op, "cuda", in_extension.cuda, why_not_cuda)
-    dispatch.register(op, "cpu", in_extension.cpu, why_not_cpu, cpu_unasked)
+    dispatch.register(op, "cpu", in_extension.cpu, why_not_cpu, cpu_only_by_name)
     dispatch.register(op, "triton", "fastattn.kernels.layer_norm", why_not_triton)
     dispatch.register(op, "pytorch", in_pytorch)
 
 
-register_backends("layer_norm", cpu_unasked=why_unasked)
+register_backends("layer_norm", cpu_only_by_name=why_cpu_only_by_name)
 
 
 # ------------------------------------------------------------- schema, fake, implementation

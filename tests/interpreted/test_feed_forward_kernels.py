@@ -312,7 +312,7 @@ def test_a_measurement_chooses(speedup: float, monkeypatch) -> None:
         layer = FusedEncoderLayer(40, 2, 136, activation="gelu", batch_first=True)
         choice = next(c for c in explain(layer, torch.randn(2, 5, 40)) if c.part == "feed_forward")
         words = f"measured at {speedup} times the speed of triton on this one"
-        assert words == (choice.because or choice.why_not["triton_gemm"]) and words in str(choice)
+        assert words == (choice.evidence or choice.why_not["triton_gemm"]) and words in str(choice)
         for other in ({"activation": "relu"}, {"input": torch.randn(2000, 40)}):
             arguments = {**inputs, **other}
             found, plain = feed_forward(**arguments), feed_forward(**arguments, backend="triton")
