@@ -86,8 +86,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     names: list[str] = []
     for name in ("forward", "query_gradient", "key_gradient", "mask_gradient"):
-        kernel = getattr(kernels, f"{name}_kernel")
-        monkeypatch.setattr(kernels, f"{name}_kernel", Recorded(kernel, name, names))
+        kernel = getattr(kernels, f"attention_{name}_kernel")
+        monkeypatch.setattr(kernels, f"attention_{name}_kernel", Recorded(kernel, name, names))
     return names
 
 

@@ -10,14 +10,17 @@ import triton
 from torch import Tensor
 
 from fastattn.dropout import keep_scale, threshold
-from fastattn.kernels.attention_backward import key_gradient_kernel, query_gradient_kernel
+from fastattn.kernels.attention_backward import (
+    attention_key_gradient_kernel,
+    attention_query_gradient_kernel,
+)
 from fastattn.kernels.attention_configs import Config, choose, choose_whole_pass
-from fastattn.kernels.attention_forward import forward_kernel
-from fastattn.kernels.attention_mask_gradient import mask_gradient_kernel
+from fastattn.kernels.attention_forward import attention_forward_kernel
+from fastattn.kernels.attention_mask_gradient import attention_mask_gradient_kernel
 from fastattn.kernels.attention_tiles import Tile
 from fastattn.kernels.device import capability, multiprocessors
+from fastattn.kernels.launch import ACCESS_BYTES, contiguous
 
-ACCESS_BYTES = 16  # of the widest load and store
 STRIDE_LIMIT = 1 << 23  # elements between rows, from which offsets inside a tile need 64 bits
 
 
@@ -45,7 +48,7 @@ def attention_forward(
     config = choose("forward", launch)
     blocks = triton.cdiv(launch.seqlen_q, config.BLOCK_M)
     launch.run(
-        forward_kernel,
+        attention_forward_kernel,
         config,
         blocks * launch.programs,
         (query, key, value, out),
@@ -85,7 +88,7 @@ def attention_backward(
         config = choose("query gradient", launch)
         blocks = triton.cdiv(launch.seqlen_q, config.BLOCK_M)
         launch.run(
-            query_gradient_kernel,
+            attention_query_gradient_kernel,
             config,
             blocks * launch.programs,
             inputs,
@@ -99,7 +102,7 @@ def attention_backward(
     config = whole or choose("key gradient", launch)
     blocks = 1 if whole else triton.cdiv(launch.seqlen_k, config.BLOCK_N)
     launch.run(
-        key_gradient_kernel,
+        attention_key_gradient_kernel,
         config,
         blocks * launch.programs,
         inputs,
@@ -137,7 +140,7 @@ def _mask_gradient(
     dtype = mask.dtype if splits == 1 else delta.dtype
     partial = delta.new_empty(splits, *mask.shape, dtype=dtype)
     launch.run(
-        mask_gradient_kernel,
+        attention_mask_gradient_kernel,
         config,
         programs * splits if partial.numel() else 0,
         inputs,
@@ -162,8 +165,8 @@ class Launch:
         self.device, self.dtype = query.device, query.dtype
         self.heads, self.head_dim = query.shape[-2:]
         self.packing = {
-            "CuSeqlensQ": _contiguous(arguments.cu_seqlens_q),
-            "CuSeqlensK": _contiguous(arguments.cu_seqlens_k),
+            "CuSeqlensQ": contiguous(arguments.cu_seqlens_q),
+            "CuSeqlensK": contiguous(arguments.cu_seqlens_k),
             "tokens_q": query.shape[0],
             "tokens_k": key.shape[0],
         }
@@ -196,8 +199,8 @@ class Launch:
         self.arguments = {
             "KeyMask": padding,
             "Bias": mask,
-            "KeyLengths": _contiguous(arguments.key_lengths),
-            "QueryLengths": _contiguous(arguments.query_lengths),
+            "KeyLengths": contiguous(arguments.key_lengths),
+            "QueryLengths": contiguous(arguments.query_lengths),
             "Seed": arguments.seed if arguments.dropout.drops else None,
             "RowShift": statistics[0],
             "RowScale": statistics[1] if statistics.shape[0] == 2 else None,
@@ -259,10 +262,6 @@ class Launch:
 def _addressable(x: Tensor) -> Tensor:
     """``x`` itself where its features are adjacent."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _with_adjacent_columns(mask: Tensor) -> Tensor:

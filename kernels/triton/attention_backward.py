@@ -51,7 +51,7 @@ from fastattn.kernels.attention_tiles import (
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def query_gradient_kernel(
+def attention_query_gradient_kernel(
     dOut,  # like Q
     Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
@@ -247,14 +247,14 @@ def score_gradients(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def key_gradient_kernel(
+def attention_key_gradient_kernel(
     dOut,  # like Q
     Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
     V,  # like K
     RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
     RowScale,  # like RowShift; or None
-    Delta,  # like RowShift, from query_gradient_kernel; None where dQ is given
+    Delta,  # like RowShift, from attention_query_gradient_kernel; None where dQ is given
     dQ,  # like Q; None unless one tile holds all keys
     dK,  # like K
     dV,  # like K

@@ -46,7 +46,7 @@ RUNTIME = [
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def forward_kernel(
+def attention_forward_kernel(
     Q,  # [B, seqlen_q, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] with CuSeqlensQ
     K,  # [B, seqlen_k, heads, HEAD_DIM], or packed
     V,  # like K

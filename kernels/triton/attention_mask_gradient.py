@@ -23,7 +23,7 @@ from fastattn.kernels.attention_tiles import (
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def mask_gradient_kernel(
+def attention_mask_gradient_kernel(
     dOut,  # [B, seqlen_q, heads, HEAD_DIM]
     Q,  # [B, seqlen_q, heads, HEAD_DIM]
     K,  # [B, seqlen_k, heads, HEAD_DIM]

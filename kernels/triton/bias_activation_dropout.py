@@ -24,14 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.arguments import TokenDropout
-from fastattn.dropout import threshold
 from fastattn.kernels.activations import activate, activation_backward
 from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.device import capability, multiprocessors
 from fastattn.kernels.dropout import activation_words, is_kept, token_coordinates
+from fastattn.kernels.launch import ACCESS_BYTES, contiguous, dropout_arguments, rows_of
 
 SLICES = 8  # of a block of 64 columns
-ACCESS_BYTES = 16  # of the widest load and store
 FORWARD_WARPS, BACKWARD_WARPS = 8, 4  # of a program
 FORWARD_WIDTH, BACKWARD_WIDTH = 8, 4  # columns of an access, at most
 REGISTERS = 65536  # of a multiprocessor
@@ -90,7 +89,7 @@ def load_slices(Slice0, row_mask, column, n_columns):
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def forward_kernel(
+def bias_activation_dropout_forward_kernel(
     X,  # [n_rows, columns * WIDTH], rows x_stride * WIDTH apart
     Bias,  # [columns * WIDTH], or None
     Y,  # like X, contiguous
@@ -141,7 +140,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def backward_kernel(
+def bias_activation_dropout_backward_kernel(
     dY,  # [n_rows, columns * WIDTH], rows dy_stride * WIDTH apart
     Saved,  # the same, rows saved_stride * WIDTH apart: x, or y if FROM_OUTPUT
     Bias,  # [columns * WIDTH], or None
@@ -170,7 +169,8 @@ def backward_kernel(
     """dx = m * dy * act'(x + b), with the m of forward made again, and a part of its column sums.
 
     From the output of relu it is scale * dy where y is not zero. Tiles and units are those of
-    ``forward_kernel``, but a program goes through the rows in steps, for few parts of a sum.
+    ``bias_activation_dropout_forward_kernel``, but a program goes through the rows in steps, for
+    few parts of a sum.
     """
     tl.static_assert(not FROM_OUTPUT or (ACTIVATION == "relu" and Seed is None and Y is None))
     dtype: tl.constexpr = tl.float64 if dX.dtype.element_ty == tl.float64 else tl.float32
@@ -245,10 +245,10 @@ def bias_activation_dropout_forward(
         out = input.new_empty(input.shape, dtype=dtype)
     if out.numel() == 0:
         return out
-    x, bias = _rows(input), None if bias is None else bias.contiguous()
-    launch = _Launch((x, bias, _rows(out)), dropout, FORWARD_WARPS, FORWARD_WIDTH)
+    x, bias = rows_of(input), contiguous(bias)
+    launch = _Launch((x, bias, rows_of(out)), dropout, FORWARD_WARPS, FORWARD_WIDTH)
     with torch.cuda.device_of(input):
-        forward_kernel[launch.grid](
+        bias_activation_dropout_forward_kernel[launch.grid](
             x,
             bias,
             out,
@@ -285,15 +285,15 @@ def bias_activation_dropout_backward(
     d_bias = dx.new_empty(dx.shape[-1:], dtype=wide) if want_bias else None
     if dx.numel() == 0:
         return dx, None if d_bias is None else d_bias.zero_()
-    dy, rows, bias = _rows(grad_out), _rows(saved), None if bias is None else bias.contiguous()
-    results = [None if x is None else _rows(x) for x in (dx, activated)]
+    dy, rows, bias = rows_of(grad_out), rows_of(saved), contiguous(bias)
+    results = [rows_of(x) for x in (dx, activated)]
     used = TokenDropout(dropout.dropout_p) if from_output else dropout
     launch = _Launch((dy, rows, bias, *results), used, BACKWARD_WARPS, BACKWARD_WIDTH)
     registers = _backward_registers(wide, dx.device)
     programs = launch.resident_programs(registers)
     parts = dx.new_empty(programs, dx.shape[-1], dtype=wide)
     with torch.cuda.device_of(saved):
-        backward_kernel[(programs, launch.grid[1])](
+        bias_activation_dropout_backward_kernel[(programs, launch.grid[1])](
             dy,
             rows,
             bias,
@@ -320,12 +320,6 @@ def _backward_registers(dtype: torch.dtype, device: torch.device) -> int:
     return 255 if dtype == torch.float64 or capability(device)[0] >= 10 else 168
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(rows, columns) with adjacent columns: a view where strides allow it, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 class _Launch:
     """The grid, and the arguments that both kernels take, from rows, a bias and results."""
 
@@ -338,9 +332,7 @@ class _Launch:
     ) -> None:
         present = [x for x in tensors if x is not None]
         n_rows, n_columns = present[0].shape
-        drops = dropout.drops and dropout.seed is not None
-        offset = dropout.column_offset if drops else 0
-        row_index = dropout.row_index if drops else None
+        offset = dropout.column_offset if dropout.drops and dropout.seed is not None else 0
         width = math.gcd(most_columns, _width(n_columns, offset, present))
         block, skip = divmod(offset, 64)
         across = triton.cdiv(skip + n_columns, 64) * (SLICES // width)  # cells
@@ -348,17 +340,11 @@ class _Launch:
         self.grid = (triton.cdiv(n_rows, block_m), triton.cdiv(across * width, block_g))
         self.width, self.device = width, present[0].device
         self.arguments = {
-            "Seed": dropout.seed if drops else None,
-            "RowIndex": None if row_index is None else row_index.contiguous(),
+            **dropout_arguments(dropout),
             "n_rows": n_rows,
             "columns": n_columns // width,
             "skip": skip // width,
             "first_group": block * SLICES,
-            "site": dropout.site,
-            "threshold": threshold(dropout.dropout_p),
-            "scale": dropout.scale,
-            "row_period": max(dropout.row_period, 1),
-            "BATCH_FIRST": dropout.batch_first,
             "BLOCK_M": block_m,
             "BLOCK_G": block_g,
             "WIDTH": width,

@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.arguments import FeedForwardArguments, TokenDropout
-from fastattn.dropout import threshold
 from fastattn.kernels.activations import activate, activation_backward
 from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.device import capability, multiprocessors
 from fastattn.kernels.dropout import INTERPRETED, LANE, activation_words, token_coordinates
 from fastattn.kernels.feed_forward import FeedForward
+from fastattn.kernels.launch import dropout_arguments
 
 ALIGNMENT = 16  # bytes, of the rows of a factor
 GROUP_M = tl.constexpr(8)  # tiles below each other that are made together, for the L2 cache
@@ -186,7 +186,7 @@ def negative_zero(bits: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def activate_kernel(
+def feed_forward_activate_kernel(
     X,  # [n_rows, depth]
     W,  # [n_columns, depth]
     Bias,  # [n_columns]
@@ -257,7 +257,7 @@ def activate_kernel(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def hidden_gradient_kernel(
+def feed_forward_hidden_gradient_kernel(
     dY,  # [n_rows, depth]
     W,  # [depth, n_columns]
     Saved,  # [n_rows, n_columns], contiguous: a if FROM_OUTPUT, else h
@@ -291,7 +291,7 @@ def hidden_gradient_kernel(
     """dh = m * (dy w) * act'(h), with the m of forward made again, and the column sums of tiles.
 
     From the output of relu it is scale * (dy w) where a is not zero. A program works as in
-    ``activate_kernel``.
+    ``feed_forward_activate_kernel``.
     """
     tl.static_assert(not FROM_OUTPUT or (ACTIVATION == "relu" and Seed is None and A is None))
     dtype: tl.constexpr = tl.float64 if dH.dtype.element_ty == tl.float64 else tl.float32
@@ -371,7 +371,7 @@ class FusedProducts(FeedForward):
         bias1 = a.new_zeros(a.shape[1]) if bias1 is None else bias1.contiguous()
         config = _config(a, activation == "relu")
         _launch(
-            activate_kernel,
+            feed_forward_activate_kernel,
             (_aligned(input), _aligned(weight1)),
             a,
             config,
@@ -404,7 +404,7 @@ class FusedProducts(FeedForward):
         if saved.numel() == 0:
             return d_hidden, None if d_bias1 is None else d_bias1.zero_()
         _launch(
-            hidden_gradient_kernel,
+            feed_forward_hidden_gradient_kernel,
             (_aligned(grad_out), _aligned(weight2)),
             saved,
             config,
@@ -453,22 +453,14 @@ def _launch(
     n_rows, n_columns = hidden.shape
     tiles = triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_columns, config.BLOCK_N)
     device = hidden.device
-    drops = dropout.drops and dropout.seed is not None
-    row_index = dropout.row_index if drops else None
     arguments = {
-        "Seed": dropout.seed if drops else None,
-        "RowIndex": None if row_index is None else row_index.contiguous(),
+        **dropout_arguments(dropout),
         "n_rows": n_rows,
         "n_columns": n_columns,
         "depth": factors[0].shape[1],
         "left_stride": factors[0].stride(0),
         "right_stride": factors[1].stride(0),
         "first_group": dropout.column_offset // 8,
-        "site": dropout.site,
-        "threshold": threshold(dropout.dropout_p),
-        "scale": dropout.scale,
-        "row_period": max(dropout.row_period, 1),
-        "BATCH_FIRST": dropout.batch_first,
         "PRECISION": "ieee",
         "TMA": capability(device)[0] in (9, 10),
         **config._asdict(),

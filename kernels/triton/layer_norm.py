@@ -16,20 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.arguments import TokenDropout
-from fastattn.dropout import threshold
+from fastattn.arguments import TokenDropout, accumulation_dtype, stream_dtype
 from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.device import multiprocessors
+from fastattn.kernels.launch import ACCESS_BYTES, contiguous, dropout_arguments, rows_of
 from fastattn.kernels.layer_norm_backward import (
-    backward_kernel,
-    branch_backward_kernel,
-    wide_backward_kernel,
+    dropout_add_backward_kernel,
+    layer_norm_backward_kernel,
+    layer_norm_wide_backward_kernel,
 )
-from fastattn.kernels.layer_norm_forward import forward_kernel, sum_kernel, wide_forward_kernel
+from fastattn.kernels.layer_norm_forward import (
+    dropout_add_forward_kernel,
+    layer_norm_forward_kernel,
+    layer_norm_wide_forward_kernel,
+)
 from fastattn.kernels.layer_norm_tiles import Tile
 
 GROUP = 8  # columns that share a call of Philox
-ACCESS_BYTES = 16  # of the widest load and store
 WHOLE_ROW = 8192  # columns; wider rows are handled in chunks
 WIDE_LANES = 512  # of a chunk of a wide row
 REGISTERS, RESIDENT_WARPS = 65536, 64  # of a multiprocessor
@@ -61,36 +64,35 @@ def dropout_add_layer_norm_forward(
 
     The sum is residual + dropout(input + input_bias) in the promoted dtype of the two.
     """
-    sum_dtype = _sum_dtype(input, residual)
+    sum_dtype = stream_dtype(input, residual)
     out = input.new_empty(input.shape, dtype=norm.out_dtype)
     total = input.new_empty(input.shape, dtype=sum_dtype) if keep_sum else None
     copy = None if copy_dtype is None else input.new_empty(input.shape, dtype=copy_dtype)
-    mean = input.new_empty(input.shape[:-1], dtype=_wide(sum_dtype))
+    mean = input.new_empty(input.shape[:-1], dtype=accumulation_dtype(sum_dtype))
     rstd = torch.empty_like(mean)
     if input.numel() == 0:
         return out, total, copy, mean, rstd
-    x, added = _rows(input), _rows(residual)
+    x, added = rows_of(input), rows_of(residual)
     tensors = (x, added, out, total, copy)
     if x.shape[1] > WHOLE_ROW:
-        kernel, (tile, num_warps) = (
-            wide_forward_kernel,
-            _tile_of(x.shape, WIDE_LANES, 1, 1, tensors),
-        )
+        kernel = layer_norm_wide_forward_kernel
+        tile, num_warps = _tile_of(x.shape, WIDE_LANES, 1, 1, tensors)
     else:
-        kernel, (tile, num_warps) = forward_kernel, _tile(x.shape, 5, 4, 4, tensors)
+        kernel = layer_norm_forward_kernel
+        tile, num_warps = _tile(x.shape, 5, 4, 4, tensors)
     with torch.cuda.device_of(input):
         kernel[(triton.cdiv(x.shape[0], tile.ROWS),)](
             x,
             added,
-            _vector(input_bias),
-            _vector(norm.weight),
-            _vector(norm.bias),
+            contiguous(input_bias),
+            contiguous(norm.weight),
+            contiguous(norm.bias),
             total,
             out,
             copy,
             mean,
             rstd,
-            **_dropout_arguments(dropout),
+            **dropout_arguments(dropout),
             n_rows=x.shape[0],
             x_stride=_stride(x, tile),
             residual_stride=_stride(added, tile),
@@ -106,18 +108,18 @@ def dropout_add_forward(
     input: Tensor, input_bias: Tensor | None, residual: Tensor | None, dropout: TokenDropout
 ) -> Tensor:
     """residual + dropout(input + input_bias) in the promoted dtype of the two."""
-    total = input.new_empty(input.shape, dtype=_sum_dtype(input, residual))
+    total = input.new_empty(input.shape, dtype=stream_dtype(input, residual))
     if input.numel() == 0:
         return total
-    x, added = _rows(input), _rows(residual)
+    x, added = rows_of(input), rows_of(residual)
     tile, num_warps = _chunk_tile(x.shape, 4, (x, added, total))
     with torch.cuda.device_of(input):
-        sum_kernel[(triton.cdiv(x.shape[0], tile.ROWS), tile.CHUNKS)](
+        dropout_add_forward_kernel[(triton.cdiv(x.shape[0], tile.ROWS), tile.CHUNKS)](
             x,
             added,
-            _vector(input_bias),
+            contiguous(input_bias),
             total,
-            **_dropout_arguments(dropout),
+            **dropout_arguments(dropout),
             n_rows=x.shape[0],
             x_stride=_stride(x, tile),
             residual_stride=_stride(added, tile),
@@ -183,8 +185,8 @@ def dropout_add_layer_norm_backward(
     d_sum = saved.new_empty(shape, dtype=sum_dtype) if want_sum else None
     d_branch = saved.new_empty(shape, dtype=input_dtype) if want_branch else None
     d_x_bias = rstd.new_empty(columns) if want_x_bias else None
-    d_weight = torch.empty_like(_vector(norm.weight)) if want_weight else None
-    d_bias = torch.empty_like(_vector(norm.bias)) if want_bias else None
+    d_weight = torch.empty_like(contiguous(norm.weight)) if want_weight else None
+    d_bias = torch.empty_like(contiguous(norm.bias)) if want_bias else None
     no_norm = grad_out is None and grad_copy is None
     for sums in (d_weight, d_bias, d_x_bias):
         if sums is not None and (saved.numel() == 0 or (no_norm and sums is not d_x_bias)):
@@ -214,7 +216,7 @@ def dropout_add_backward(
     d_input = grad.new_empty(grad.shape, dtype=input_dtype) if want_input else None
     d_x_bias = None
     if want_x_bias:
-        d_x_bias = grad.new_empty(grad.shape[-1:], dtype=_wide(grad.dtype))
+        d_x_bias = grad.new_empty(grad.shape[-1:], dtype=accumulation_dtype(grad.dtype))
     if grad.numel():
         _branch_backward(grad, None, d_input, d_x_bias, dropout)
     elif want_x_bias:
@@ -238,12 +240,14 @@ def _norm_backward(
         results: gradients of the sum and the branch, to write; None where not wanted.
         sums: gradients of weight, bias and the branch's bias, to write; None where not wanted.
     """
-    rows = [_rows(x) for x in tensors]
+    rows = [rows_of(x) for x in tensors]
     shape, device = rows[-1].shape, rows[-1].device
     if shape[1] > WHOLE_ROW:
-        kernel, launch = wide_backward_kernel, _tile_of(shape, WIDE_LANES, 1, 1, (*rows, *results))
+        kernel = layer_norm_wide_backward_kernel
+        launch = _tile_of(shape, WIDE_LANES, 1, 1, (*rows, *results))
     else:
-        kernel, launch = backward_kernel, _tile(shape, 3, 4, 2, (*rows, *results))
+        kernel = layer_norm_backward_kernel
+        launch = _tile(shape, 3, 4, 2, (*rows, *results))
     tile, num_warps = launch
     registers = _backward_registers(launch, statistics[1].dtype, from_output)
     resident = REGISTERS // (32 * num_warps * registers) * multiprocessors(device)
@@ -253,12 +257,12 @@ def _norm_backward(
     with torch.cuda.device_of(rows[-1]):
         kernel[(programs,)](
             *rows,
-            *(_vector(x) for x in statistics),
-            _vector(norm.weight),
-            _vector(norm.bias) if from_output else None,
+            *(contiguous(x) for x in statistics),
+            contiguous(norm.weight),
+            contiguous(norm.bias) if from_output else None,
             *results,
             *parts,
-            **_dropout_arguments(dropout),
+            **dropout_arguments(dropout),
             n_rows=shape[0],
             d_out_stride=strides[0],
             d_copy_stride=strides[1],
@@ -287,18 +291,18 @@ def _branch_backward(
     dropout: TokenDropout,
 ) -> None:
     """Launch the backward pass of a sum that is not normalised."""
-    rows = _rows(grad)
+    rows = rows_of(grad)
     tile, num_warps = _chunk_tile(rows.shape, 8, (rows, d_sum, d_branch))
     resident = triton.cdiv(RESIDENT_WARPS * multiprocessors(rows.device), num_warps * tile.CHUNKS)
     programs = min(triton.cdiv(rows.shape[0], tile.ROWS), resident)
     parts = _parts((d_x_bias,), programs, d_x_bias)
     with torch.cuda.device_of(rows):
-        branch_backward_kernel[(programs, tile.CHUNKS)](
+        dropout_add_backward_kernel[(programs, tile.CHUNKS)](
             rows,
             d_sum,
             d_branch,
             *parts,
-            **_dropout_arguments(dropout),
+            **dropout_arguments(dropout),
             n_rows=rows.shape[0],
             d_total_stride=_stride(rows, tile),
             TILE=tile,
@@ -317,47 +321,13 @@ def _parts(
 # ---------------------------------------------------------------------------- arguments of kernels
 
 
-def _sum_dtype(input: Tensor, residual: Tensor | None) -> torch.dtype:
-    return input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Of statistics and sums: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    """(rows, columns) with adjacent columns: a view where strides allow it, else a copy."""
-    if x is None:
-        return None
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _stride(rows: Tensor | None, tile: Tile) -> int:
     """From row to row, in accesses."""
     return 0 if rows is None else rows.stride(0) // tile.WIDTH
-
-
-def _dropout_arguments(dropout: TokenDropout) -> dict[str, Any]:
-    row_index = dropout.row_index if dropout.drops else None
-    return {
-        "Seed": dropout.seed if dropout.drops else None,
-        "RowIndex": _vector(row_index),
-        "site": dropout.site,
-        "threshold": threshold(dropout.dropout_p),
-        "scale": dropout.scale,
-        "row_period": max(dropout.row_period, 1),
-        "BATCH_FIRST": dropout.batch_first,
-    }
 
 
 def _tile(

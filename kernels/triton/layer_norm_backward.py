@@ -96,7 +96,7 @@ def sum_rows(tile):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def backward_kernel(
+def layer_norm_backward_kernel(
     dOut,  # [n_rows, COLUMNS], rows d_out_stride * WIDTH apart, or None
     dCopy,  # [n_rows, COLUMNS], rows d_copy_stride * WIDTH apart, or None; one of the two is there
     dTotal,  # [n_rows, COLUMNS], rows d_total_stride * WIDTH apart, or None
@@ -245,7 +245,7 @@ def add_to_part(Parts, value, place, columns, is_first):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def wide_backward_kernel(
+def layer_norm_wide_backward_kernel(
     dOut,
     dCopy,
     dTotal,
@@ -274,7 +274,7 @@ def wide_backward_kernel(
     FROM_OUTPUT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``backward_kernel`` for rows that no register file holds: one row at a time, in chunks.
+    """Of rows that no register file holds: one row at a time, in chunks.
 
     Each row is read twice, and the sums of columns lie in the program's own row of the parts.
     """
@@ -350,7 +350,7 @@ def wide_backward_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def branch_backward_kernel(
+def dropout_add_backward_kernel(
     dTotal,  # [n_rows, COLUMNS], rows d_total_stride * WIDTH apart
     dSum,  # [n_rows, COLUMNS], or None: not wanted
     dBranch,  # [n_rows, COLUMNS], or None: not wanted

@@ -61,7 +61,7 @@ def affine(xhat, Weight, Bias, column, columns, dtype: tl.constexpr, TILE: tl.co
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def forward_kernel(
+def layer_norm_forward_kernel(
     X,  # [n_rows, COLUMNS], rows x_stride * WIDTH apart
     Residual,  # [n_rows, COLUMNS], rows residual_stride * WIDTH apart, or None
     XBias,  # [COLUMNS], or None
@@ -141,7 +141,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def wide_forward_kernel(
+def layer_norm_wide_forward_kernel(
     X,
     Residual,
     XBias,
@@ -166,7 +166,7 @@ def wide_forward_kernel(
     SUM_TYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``forward_kernel`` for rows that no register file holds: one row a program, chunk by chunk.
+    """Of rows that no register file holds: one row a program, chunk by chunk.
 
     The first pass combines the mean and the squares of chunks as Chan, Golub and LeVeque do
     (COMPSTAT 1982); the second makes the sum again.
@@ -226,7 +226,7 @@ def wide_forward_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def sum_kernel(
+def dropout_add_forward_kernel(
     X,  # [n_rows, COLUMNS], rows x_stride * WIDTH apart
     Residual,  # [n_rows, COLUMNS], rows residual_stride * WIDTH apart, or None
     XBias,  # [COLUMNS], or None

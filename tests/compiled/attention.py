@@ -71,10 +71,10 @@ def variants(
         wanted = (all(added), added[1])
         attention_backward(out, query, key, value, out, statistics, arguments, wanted, gradients)
 
-    backward_kernels = ["query_gradient_kernel", "key_gradient_kernel"]
-    backward_kernels += ["mask_gradient_kernel"] if added[1] else []
+    backward_kernels = ["attention_query_gradient_kernel", "attention_key_gradient_kernel"]
+    backward_kernels += ["attention_mask_gradient_kernel"] if added[1] else []
     return [
-        Variant(f"{name} forward", forward, {"forward_kernel": KERNEL}),
+        Variant(f"{name} forward", forward, {"attention_forward_kernel": KERNEL}),
         Variant(f"{name} backward", backward, dict.fromkeys(backward_kernels, KERNEL)),
     ]
 
@@ -142,6 +142,6 @@ LAYOUTS = [
 #: What dropout may add: an integer pipe has about four instructions a score to spare beside the
 #: tensor cores at head dimension 64, and a transposed tile uses half of the words it makes.
 EXTRAS = [
-    Extra("64 dropout forward", "64 forward", "forward_kernel", {90: 5.0}),
-    Extra("64 dropout backward", "64 backward", "key_gradient_kernel", {90: 11.0}),
+    Extra("64 dropout forward", "64 forward", "attention_forward_kernel", {90: 5.0}),
+    Extra("64 dropout backward", "64 backward", "attention_key_gradient_kernel", {90: 11.0}),
 ]

@@ -36,7 +36,7 @@ def summed(region: Region) -> float:
 
 
 BACKWARD = {
-    "backward_kernel": Kernel(elements, loop=True),
+    "bias_activation_dropout_backward_kernel": Kernel(elements, loop=True),
     "column_sum_kernel": Kernel(summed),
 }
 
@@ -64,7 +64,11 @@ def variants(
         return bias_activation_dropout_backward(grad_out, input, bias, activation, dropout, True)
 
     return [
-        Variant(f"{name} forward", forward, {"forward_kernel": Kernel(elements, at_most=targets)}),
+        Variant(
+            f"{name} forward",
+            forward,
+            {"bias_activation_dropout_forward_kernel": Kernel(elements, at_most=targets)},
+        ),
         Variant(f"{name} backward", backward, BACKWARD),
     ]
 

@@ -29,7 +29,7 @@ def summed(region: Region) -> float:
 
 
 PRODUCT = Kernel(tile_elements, tensor_cores=True)
-BACKWARD = {"hidden_gradient_kernel": PRODUCT, "column_sum_kernel": Kernel(summed)}
+BACKWARD = {"feed_forward_hidden_gradient_kernel": PRODUCT, "column_sum_kernel": Kernel(summed)}
 
 
 def empty(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
@@ -61,9 +61,10 @@ def variants(
         grad_out = empty(TOKENS, D, dtype=dtype)
         return block.hidden_gradient(grad_out, arguments, hidden(), hidden(), True)
 
-    found = [Variant(f"{name} forward", forward, {"activate_kernel": PRODUCT})]
+    kernels = {"feed_forward_activate_kernel": PRODUCT}
+    found = [Variant(f"{name} forward", forward, kernels)]
     if activation != "relu":  # what relu keeps is the result itself
-        found.append(Variant(f"{name} forward keeping", keeping, {"activate_kernel": PRODUCT}))
+        found.append(Variant(f"{name} forward keeping", keeping, kernels))
     return [*found, Variant(f"{name} backward", backward, BACKWARD)]
 
 
@@ -89,9 +90,9 @@ EXTRAS = [
     )
     for activation in ACTIVATIONS
     for way, kernel in (
-        ("forward", "activate_kernel"),
-        ("forward keeping", "activate_kernel"),
-        ("backward", "hidden_gradient_kernel"),
+        ("forward", "feed_forward_activate_kernel"),
+        ("forward keeping", "feed_forward_activate_kernel"),
+        ("backward", "feed_forward_hidden_gradient_kernel"),
     )
     if way != "forward keeping" or activation not in ("relu", "identity")
 ]

@@ -30,7 +30,12 @@ DROPOUT = TokenDropout(0.1, empty(1, dtype=torch.int64), site=2, row_period=512)
 ROW_INDEX = empty(ROWS, dtype=torch.int32)
 
 #: Kernels that handle one chunk of each row in one pass through the counted region.
-OF_CHUNKS = ("wide_forward_kernel", "wide_backward_kernel", "sum_kernel", "branch_backward_kernel")
+OF_CHUNKS = (
+    "layer_norm_wide_forward_kernel",
+    "layer_norm_wide_backward_kernel",
+    "dropout_add_forward_kernel",
+    "dropout_add_backward_kernel",
+)
 
 #: Instructions an element on sm_90. An H200 can issue about 29 in the time in which it moves the
 #: eight bytes of an element through memory.
@@ -52,7 +57,7 @@ def sum_elements(region: Region) -> float:
 def kernels_of(name: str, target: float | None, has_sums: bool = True) -> dict[str, Kernel]:
     """A kernel and, for sums over rows, what sums their parts; loops count where there are some."""
     targets = {} if target is None else {90: target}
-    loops = name not in ("forward_kernel", "sum_kernel")
+    loops = name not in ("layer_norm_forward_kernel", "dropout_add_forward_kernel")
     found = {name: Kernel(elements, loop=loops, at_most=targets)}
     return found | ({"column_sum_kernel": Kernel(sum_elements)} if has_sums else {})
 
@@ -96,8 +101,16 @@ def variants(
 
     wide = "wide_" if columns > 8192 else ""
     return [
-        Variant(f"{name} forward", forward, kernels_of(f"{wide}forward_kernel", targets[0], False)),
-        Variant(f"{name} backward", backward, kernels_of(f"{wide}backward_kernel", targets[1])),
+        Variant(
+            f"{name} forward",
+            forward,
+            kernels_of(f"layer_norm_{wide}forward_kernel", targets[0], False),
+        ),
+        Variant(
+            f"{name} backward",
+            backward,
+            kernels_of(f"layer_norm_{wide}backward_kernel", targets[1]),
+        ),
     ]
 
 
@@ -110,12 +123,12 @@ def norm_variants(name: str, columns: int, dtype: torch.dtype = bf16) -> list[Va
     def backward(save: str) -> Any:
         return layer_norm_backward(x, x, *statistics, norm, dtype, save, (True, True, True))
 
-    kernels = kernels_of("backward_kernel", TARGET)
+    kernels = kernels_of("layer_norm_backward_kernel", TARGET)
     return [
         Variant(
             f"{name} forward",
             lambda: layer_norm_forward(x, norm),
-            kernels_of("forward_kernel", TARGET, False),
+            kernels_of("layer_norm_forward_kernel", TARGET, False),
         ),
         Variant(f"{name} backward", lambda: backward("input"), kernels),
         Variant(f"{name} backward from the result", lambda: backward("output"), kernels),
@@ -129,12 +142,12 @@ def sum_variants(name: str, dtype: torch.dtype, stream_dtype: torch.dtype) -> li
         Variant(
             f"{name} forward",
             lambda: dropout_add_forward(input, input[0], stream, DROPOUT),
-            kernels_of("sum_kernel", TARGET, False),
+            kernels_of("dropout_add_forward_kernel", TARGET, False),
         ),
         Variant(
             f"{name} backward",
             lambda: dropout_add_backward(stream, dtype, DROPOUT, (True, True)),
-            kernels_of("branch_backward_kernel", TARGET),
+            kernels_of("dropout_add_backward_kernel", TARGET),
         ),
     ]
 

@@ -157,8 +157,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     """The launches of attention kernels in this test, in order."""
     recorded: list[Launched] = []
     for name in ("forward", "query_gradient", "key_gradient", "mask_gradient"):
-        recorder = Recorder(name, getattr(kernels, f"{name}_kernel"), recorded)
-        monkeypatch.setattr(kernels, f"{name}_kernel", recorder)
+        recorder = Recorder(name, getattr(kernels, f"attention_{name}_kernel"), recorded)
+        monkeypatch.setattr(kernels, f"attention_{name}_kernel", recorder)
     return recorded
 
 
