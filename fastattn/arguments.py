@@ -5,10 +5,12 @@ And the dtypes and shapes of results that follow from them.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +59,11 @@ class TokenDropout(NamedTuple):
     row_period: int = 1
     batch_first: bool = True
     column_offset: int = 0  # global number of the first column
+
+    @classmethod
+    def of(cls, options: Any) -> TokenDropout:
+        """The one among an op's options (:func:`options_of`)."""
+        return cls(*[getattr(options, name) for name in cls._fields])
 
     @property
     def drops(self) -> bool:
@@ -130,6 +137,22 @@ class AttentionArguments(NamedTuple):
     backend: str = "pytorch"
 
     @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those that may be float and have a gradient."""
+        return self.key_padding_mask, self.attn_mask
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query may attend to every key, but for ``is_causal``."""
+        return (
+            self.key_padding_mask is None
+            and self.attn_mask is None
+            and self.key_lengths is None
+            and self.query_lengths is None
+            and self.cu_seqlens_q is None
+        )
+
+    @property
     def dropout(self) -> AttentionDropout:
         return AttentionDropout(self.dropout_p, self.seed, self.site, self.head_offset)
 
@@ -162,9 +185,25 @@ class NormArguments(NamedTuple):
     eps: float
     out_dtype: torch.dtype
 
+    @classmethod
+    def of(cls, options: Any) -> NormArguments:
+        """The one among an op's options (:func:`options_of`)."""
+        return cls(*[getattr(options, name) for name in cls._fields])
+
 
 #: The same, as an op schema declares them.
 NORM_ARGUMENTS = "Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype"
+
+
+def options_of(op: str, *fields: str | type) -> type:
+    """A named tuple of what an op takes besides its tensors, by the names of its schema.
+
+    Args:
+        op: the name of the tuple.
+        fields: names; in place of a named tuple stand its own.
+    """
+    names = [[field] if isinstance(field, str) else field._fields for field in fields]
+    return namedtuple(op, itertools.chain(*names))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,10 +1,22 @@
-"""The floors of docs/design.md: imports only go down, and in no circle."""
+"""The floors of docs/design.md, where imports only go down; options by the names of schemas."""
 
 from __future__ import annotations
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn.arguments import AttentionArguments, AttentionDropout, TokenDropout
+from fastattn.ops import (
+    bias_activation_dropout,
+    dropout_add,
+    dropout_add_layer_norm,
+    feed_forward,
+    layer_norm,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up; on a floor with several corridors none imports another
@@ -72,3 +84,40 @@ def test_one_call_goes_up() -> None:
         if "torch.ops.fastattn" in path.read_text(encoding="utf-8") and place(module) < (4, "")
     ]
     assert up == ["fastattn.arguments"]
+
+
+#: What every op's implementation takes as one tuple, by a name for each field.
+OPTIONS = {
+    "attention_fwd": AttentionArguments,
+    "attention_bwd": AttentionArguments,
+    "attention_packed_fwd": AttentionArguments,
+    "attention_packed_bwd": AttentionArguments,
+    "feed_forward_fwd": feed_forward.Options,
+    "feed_forward_bwd": feed_forward.Options,
+    "bias_activation_dropout_fwd": bias_activation_dropout.Options,
+    "bias_activation_dropout_bwd": bias_activation_dropout.Options,
+    "layer_norm_fwd": layer_norm.Options,
+    "layer_norm_bwd": layer_norm.BackwardOptions,
+    "dropout_add_fwd": dropout_add.Options,
+    "dropout_add_bwd": dropout_add.Options,
+    "dropout_add_layer_norm_fwd": dropout_add_layer_norm.Options,
+    "dropout_add_layer_norm_bwd": dropout_add_layer_norm.BackwardOptions,
+    "attention_dropout_factor": AttentionDropout,
+    "token_dropout_factor": TokenDropout,
+}
+
+
+def test_every_op_has_options() -> None:
+    names = {name.removeprefix("fastattn::") for name in torch._C._dispatch_get_all_op_names()}
+    assert {name for name in names if hasattr(torch.ops.fastattn, name)} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("op", OPTIONS)
+def test_options_are_those_of_the_schema(op: str) -> None:
+    """In its order, and one after the other: the tuple is handed over as it is."""
+    schema = [
+        argument.name for argument in getattr(torch.ops.fastattn, op).default._schema.arguments
+    ]
+    fields = list(OPTIONS[op]._fields)
+    first = schema.index(fields[0])
+    assert schema[first : first + len(fields)] == fields

@@ -222,7 +222,7 @@ class NormKernels:
         """Write ``sum``, ``out``, ``copy``, ``mean`` and ``rstd``, those that are there."""
         if residual is not None:
             residual = residual.to(sum_dtype)
-        weight, bias, eps = (None, None, 0.0) if norm is None else norm[:3]
+        weight, bias, eps, _ = (None, None, 0.0, None) if norm is None else norm
         call = _Call()
         self._run_forward(
             input,
@@ -269,7 +269,7 @@ class NormKernels:
         pairs = self.gradient_pairs
         if grad_out is not None and pairs and (grad_out.dtype, saved.dtype) not in pairs:
             grad_out = grad_out.float()
-        weight, bias = (None, None) if norm is None else norm[:2]
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
         partial_rows = self._partial_rows(like, rows, columns)
         partials = like.new_empty(partial_rows, 3, columns, dtype=_wide(sum_dtype))
         call = _Call()

@@ -318,21 +318,21 @@ def _check_masks(arguments: AttentionArguments, query: Tensor, key: Tensor) -> A
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
     def fast(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> Tensor:
-        return in_pytorch.attention_without_dropout(
-            query, key, value, AttentionArguments(*masks, *arguments[2:])
-        )
+        padding, mask = masks
+        given = arguments._replace(key_padding_mask=padding, attn_mask=mask)
+        return in_pytorch.attention_without_dropout(query, key, value, given)
 
     def exact(*inputs: Tensor | None) -> Tensor:
         return in_pytorch.attention_composite(*inputs, arguments)
 
-    return twice_differentiable(fast, exact, query, key, value, *arguments[:2])
+    return twice_differentiable(fast, exact, query, key, value, *arguments.masks)
 
 
 def _composite(query: Tensor, key: Tensor, value: Tensor, arguments: AttentionArguments) -> Tensor:
     """In differentiable operations; a trace keeps torch's own SDPA where nothing drops."""
     if tracing.traced() and not arguments.dropout.drops:
         return in_pytorch.attention_without_dropout(query, key, value, arguments)
-    return in_pytorch.attention_composite(query, key, value, *arguments[:2], arguments)
+    return in_pytorch.attention_composite(query, key, value, *arguments.masks, arguments)
 
 
 def _leaves_it_to_torch(arguments: AttentionArguments) -> bool:
@@ -383,8 +383,8 @@ def _results(query: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     shape: tuple[int, ...] = (0,)
     if arguments.backend != "pytorch":
         *batch, length, heads, _ = query.shape
-        masks = arguments.key_padding_mask, arguments.attn_mask
-        is_added = any(mask is not None and mask.is_floating_point() for mask in masks)
+        masks = (mask for mask in arguments.masks if mask is not None)
+        is_added = any(mask.is_floating_point() for mask in masks)
         numbers = 2 if is_added or query.element_size() > 2 else 1
         shape = (numbers, *batch, heads, length)
     statistics = query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
@@ -511,15 +511,16 @@ _packed_backward_op = define(
 # ------------------------------------------------------------------------ autograd Function
 
 
-def _second_order(inputs: tuple[Tensor | None, ...], packed: bool, options: list, grad: Tensor):
-    """Differentiable gradients of (query, key, value) or (qkv,), and of the two masks."""
+def _second_order(tensors: tuple[Tensor, ...], options: list, grad: Tensor):
+    """Differentiable gradients of query, key and value, or of qkv, and of the two masks."""
     arguments = AttentionArguments(*options)
 
-    def composite(*x: Tensor | None) -> Tensor:
-        tensors = x[0].unbind(-3) if packed else x[:3]
-        return in_pytorch.attention_composite(*tensors, *x[-2:], arguments)
+    def composite(*inputs: Tensor | None) -> Tensor:
+        *tensors, padding, mask = inputs
+        query, key, value = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+        return in_pytorch.attention_composite(query, key, value, padding, mask, arguments)
 
-    return differentiable_gradients(composite, inputs, grad)
+    return differentiable_gradients(composite, (*tensors, *arguments.masks), grad)
 
 
 class _Attention(Function):
@@ -534,7 +535,7 @@ class _Attention(Function):
         (*inputs, out, statistics), options = recall(ctx)
         wanted = ctx.needs_input_grad[:5]
         if wants_second_order():
-            gradients = _second_order((*inputs, *options[:2]), False, options, grad_out)
+            gradients = _second_order(inputs, options, grad_out)
         else:
             gradients = _backward_op(grad_out, *inputs, out, statistics, *wanted[3:], *options)
         return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)
@@ -552,7 +553,7 @@ class _AttentionPacked(Function):
         (qkv, out, statistics), options = recall(ctx)
         wanted = ctx.needs_input_grad[:3]
         if wants_second_order():
-            gradients = _second_order((qkv, *options[:2]), True, options, grad_out)
+            gradients = _second_order((qkv,), options, grad_out)
         else:
             gradients = _packed_backward_op(grad_out, qkv, out, statistics, *wanted[1:], *options)
         return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.arguments import TOKEN_DROPOUT, TokenDropout, accumulation_dtype
+from fastattn.arguments import TOKEN_DROPOUT, TokenDropout, accumulation_dtype, options_of
 from fastattn.ops._autograd import (
     Function,
     apply,
@@ -21,7 +21,7 @@ from fastattn.ops._autograd import (
     wants_second_order,
 )
 from fastattn.ops._checks import check_dropout, check_rows, check_vector, mismatch, token_dropout
-from fastattn.ops._register import define
+from fastattn.ops._register import define, or_empty
 from fastattn.pytorch import bias_activation_dropout as in_pytorch
 from fastattn.pytorch.activations import ACTIVATIONS
 
@@ -62,7 +62,7 @@ def bias_activation_dropout(
     backend = dispatch.choose("bias_activation_dropout", input, backend, dtypes=dtypes)
     if needs_composite(input, bias) or (backend == "pytorch" and not dropout.drops):
         return in_pytorch.bias_activation_dropout_composite(input, bias, activation, dropout)
-    return apply(_BiasActivationDropout, input, bias, activation, *dropout, backend)
+    return apply(_BiasActivationDropout, input, bias, *Options(activation, *dropout, backend))
 
 
 def check_activation(activation: str) -> None:
@@ -99,12 +99,16 @@ dispatch.register("bias_activation_dropout", "pytorch", in_pytorch)
 # ------------------------------------------------------------- schema, fake, implementation
 
 
-def _forward(input, bias, activation, *options):
-    *dropout, backend = options
-    functions = dispatch.functions("bias_activation_dropout", backend)
-    return functions.bias_activation_dropout_forward(
-        input, bias, activation, TokenDropout(*dropout)
-    ).contiguous()
+#: What the op takes besides tensors.
+Options = options_of("Options", "activation", TokenDropout, "backend")
+
+
+def _forward(input, bias, *options):
+    options = Options(*options)
+    functions = dispatch.functions("bias_activation_dropout", options.backend)
+    dropout = TokenDropout.of(options)
+    out = functions.bias_activation_dropout_forward(input, bias, options.activation, dropout)
+    return out.contiguous()
 
 
 def _forward_fake(input, bias, *options):
@@ -112,19 +116,19 @@ def _forward_fake(input, bias, *options):
     return input.new_empty(input.shape, dtype=dtype)
 
 
-def _backward(grad_out, input, bias, want_bias, activation, *options):
-    *dropout, backend = options
-    functions = dispatch.functions("bias_activation_dropout", backend)
+def _backward(grad_out, input, bias, want_bias, *options):
+    options = Options(*options)
+    functions = dispatch.functions("bias_activation_dropout", options.backend)
     d_input, d_bias = functions.bias_activation_dropout_backward(
-        grad_out, input, bias, activation, TokenDropout(*dropout), want_bias
+        grad_out, input, bias, options.activation, TokenDropout.of(options), want_bias
     )
-    return d_input.contiguous(), grad_out.new_empty(0) if d_bias is None else d_bias
+    return or_empty((d_input.contiguous(), d_bias), grad_out)
 
 
 def _backward_fake(grad_out, input, bias, want_bias, *options):
     wide = accumulation_dtype(grad_out.dtype)
     d_bias = grad_out.new_empty(input.shape[-1:], dtype=wide) if want_bias else None
-    return _forward_fake(input, bias), grad_out.new_empty(0) if d_bias is None else d_bias
+    return or_empty((_forward_fake(input, bias), d_bias), grad_out)
 
 
 _forward_op = define(
@@ -155,11 +159,10 @@ class _BiasActivationDropout(Function):
         (input, bias), options = recall(ctx)
         wanted = ctx.needs_input_grad[:2]
         if wants_second_order():
-            activation, *dropout, _ = options
+            named = Options(*options)
+            same = named.activation, TokenDropout.of(named)
             gradients = differentiable_gradients(
-                lambda *x: in_pytorch.bias_activation_dropout_composite(
-                    *x, activation, TokenDropout(*dropout)
-                ),
+                lambda *x: in_pytorch.bias_activation_dropout_composite(*x, *same),
                 (input, bias),
                 grad_out,
             )

@@ -15,6 +15,7 @@ from fastattn.arguments import (
     TOKEN_DROPOUT,
     TokenDropout,
     accumulation_dtype,
+    options_of,
     stream_dtype,
 )
 from fastattn.ops._autograd import (
@@ -72,7 +73,7 @@ def dropout_add(
     composite = needs_composite(input, input_bias, residual)
     if composite or (backend == "pytorch" and not dropout.drops):
         return plain_sum(composite, input, input_bias, residual, dropout)
-    return apply(_DropoutAdd, input, input_bias, residual, *dropout, backend)
+    return apply(_DropoutAdd, input, input_bias, residual, *Options(*dropout, backend))
 
 
 def plain_sum(composite: bool, *arguments: Any) -> Tensor:
@@ -101,10 +102,15 @@ register_backends("dropout_add")
 # ------------------------------------------------------------- schema, fake, implementation
 
 
+#: What the op takes besides tensors.
+Options = options_of("Options", TokenDropout, "backend")
+
+
 def _forward(input, input_bias, residual, *options):
-    *dropout, backend = options
-    functions = dispatch.functions("dropout_add", backend)
-    return functions.dropout_add_forward(input, input_bias, residual, TokenDropout(*dropout))
+    options = Options(*options)
+    functions = dispatch.functions("dropout_add", options.backend)
+    dropout = TokenDropout.of(options)
+    return functions.dropout_add_forward(input, input_bias, residual, dropout)
 
 
 def _forward_fake(input, input_bias, residual, *options):
@@ -112,14 +118,15 @@ def _forward_fake(input, input_bias, residual, *options):
 
 
 def _backward(grad, input_dtype, *options):
-    *dropout, backend, want = options
-    functions = dispatch.functions("dropout_add", backend)
-    gradients = functions.dropout_add_backward(grad, input_dtype, TokenDropout(*dropout), want)
-    return or_empty(gradients, grad)
+    *options, wanted = options
+    options = Options(*options)
+    functions = dispatch.functions("dropout_add", options.backend)
+    dropout = TokenDropout.of(options)
+    return or_empty(functions.dropout_add_backward(grad, input_dtype, dropout, wanted), grad)
 
 
 def _backward_fake(grad, input_dtype, *options):
-    want_branch, want_bias = options[-1]
+    *_, (want_branch, want_bias) = options
     wide = accumulation_dtype(grad.dtype)
     d_branch = grad.new_empty(grad.shape, dtype=input_dtype) if want_branch else None
     d_bias = grad.new_empty(grad.shape[-1:], dtype=wide) if want_bias else None
@@ -156,7 +163,7 @@ class _DropoutAdd(Function):
         input_dtype, bias_dtype, residual_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:3]
         want_branch, want_bias, _ = wanted
-        dropout = TokenDropout(*options[:-1])
+        dropout = TokenDropout.of(Options(*options))
         d_input, d_bias = grad, None
         if wants_second_order():
             d_input = drop_gradient(grad, input_dtype, dropout)

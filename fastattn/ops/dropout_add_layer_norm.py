@@ -15,6 +15,7 @@ from fastattn.arguments import (
     NormArguments,
     TokenDropout,
     accumulation_dtype,
+    options_of,
     stream_dtype,
 )
 from fastattn.ops._autograd import (
@@ -130,7 +131,8 @@ def dropout_add_layer_norm(
     else:
         recorded = torch.is_grad_enabled() and _require_grad(*tensors)
         keep_sum = return_sum or (recorded and save == "sum")
-        call = (input, input_bias, residual, *arguments, *dropout, copy_dtype, keep_sum, backend)
+        options = Options(*arguments, *dropout, copy_dtype, keep_sum, backend)
+        call = (input, input_bias, residual, *options)
         if recorded:
             out, total, copy = apply(_DropoutAddLayerNorm, return_sum, save, *call)
         else:
@@ -151,51 +153,65 @@ register_backends("dropout_add_layer_norm")
 # ------------------------------------------------------------- schema, fake, implementation
 
 
-def _forward(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
-    *dropout, copy_dtype, keep_sum, backend = options
-    functions = dispatch.functions("dropout_add_layer_norm", backend)
-    norm = NormArguments(weight, bias, eps, out_dtype)
+#: What the op takes besides the tensors of its sum, and its backward besides those of its own.
+Options = options_of("Options", NormArguments, TokenDropout, "copy_dtype", "keep_sum", "backend")
+BackwardOptions = options_of(
+    "BackwardOptions", NormArguments, "input_dtype", "sum_dtype", TokenDropout, "save", "backend"
+)
+
+
+def _forward(input, input_bias, residual, *options):
+    options = Options(*options)
+    functions = dispatch.functions("dropout_add_layer_norm", options.backend)
+    norm, dropout = NormArguments.of(options), TokenDropout.of(options)
     results = functions.dropout_add_layer_norm_forward(
-        input, input_bias, residual, norm, TokenDropout(*dropout), copy_dtype, keep_sum
+        input, input_bias, residual, norm, dropout, options.copy_dtype, options.keep_sum
     )
     return or_empty(results, input)
 
 
-def _forward_fake(input, input_bias, residual, weight, bias, eps, out_dtype, *options):
-    *_, copy_dtype, keep_sum, _ = options
+def _forward_fake(input, input_bias, residual, *options):
+    options = Options(*options)
     total = input.new_empty(input.shape, dtype=stream_dtype(input, residual))
-    out = total.new_empty(input.shape, dtype=out_dtype)
-    copy = None if copy_dtype is None else out.new_empty(out.shape, dtype=copy_dtype)
-    results = (out, total if keep_sum else None, copy, *statistics_fake(total))
+    out = total.new_empty(input.shape, dtype=options.out_dtype)
+    copied = options.copy_dtype is not None
+    copy = out.new_empty(out.shape, dtype=options.copy_dtype) if copied else None
+    results = (out, total if options.keep_sum else None, copy, *statistics_fake(total))
     return or_empty(results, input)
 
 
-def _backward(
-    grad_out, grad_sum, grad_copy, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype,
-    sum_dtype, *options,
-):  # fmt: skip
-    *dropout, save, backend, want = options
-    functions = dispatch.functions("dropout_add_layer_norm", backend)
+def _backward(grad_out, grad_sum, grad_copy, saved, mean, rstd, *options):
+    *options, wanted = options
+    options = BackwardOptions(*options)
+    functions = dispatch.functions("dropout_add_layer_norm", options.backend)
     gradients = functions.dropout_add_layer_norm_backward(
-        grad_out, grad_sum, grad_copy, saved, mean, rstd,
-        NormArguments(weight, bias, eps, out_dtype), input_dtype, sum_dtype,
-        TokenDropout(*dropout), save, want,
-    )  # fmt: skip
+        grad_out,
+        grad_sum,
+        grad_copy,
+        saved,
+        mean,
+        rstd,
+        NormArguments.of(options),
+        options.input_dtype,
+        options.sum_dtype,
+        TokenDropout.of(options),
+        options.save,
+        wanted,
+    )
     return or_empty(gradients, saved)
 
 
-def _backward_fake(
-    grad_out, grad_sum, grad_copy, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype,
-    sum_dtype, *options,
-):  # fmt: skip
-    want_sum, want_branch, want_bias, want_weight, want_norm_bias = options[-1]
+def _backward_fake(grad_out, grad_sum, grad_copy, saved, mean, rstd, *options):
+    *options, (want_sum, want_branch, want_input_bias, want_weight, want_bias) = options
+    options = BackwardOptions(*options)
+    weight, bias, columns = options.weight, options.bias, saved.shape[-1:]
     return or_empty(
         (
-            saved.new_empty(saved.shape, dtype=sum_dtype) if want_sum else None,
-            saved.new_empty(saved.shape, dtype=input_dtype) if want_branch else None,
-            saved.new_empty(saved.shape[-1:], dtype=rstd.dtype) if want_bias else None,
+            saved.new_empty(saved.shape, dtype=options.sum_dtype) if want_sum else None,
+            saved.new_empty(saved.shape, dtype=options.input_dtype) if want_branch else None,
+            saved.new_empty(columns, dtype=rstd.dtype) if want_input_bias else None,
             weight.new_empty(weight.shape) if want_weight else None,
-            bias.new_empty(bias.shape) if want_norm_bias else None,
+            bias.new_empty(bias.shape) if want_bias else None,
         ),
         saved,
     )
@@ -225,49 +241,41 @@ class _DropoutAddLayerNorm(Function):
     """The sum is an output even if unused: so it links second derivatives to the inputs."""
 
     @staticmethod
-    def forward(ctx, return_sum, save, input, input_bias, residual, weight, bias, *options):
-        out, total, copy, mean, rstd = _forward_op(
-            input, input_bias, residual, weight, bias, *options
-        )
+    def forward(ctx, return_sum, save, input, input_bias, residual, *options):
+        named = Options(*options)
+        out, total, copy, mean, rstd = _forward_op(input, input_bias, residual, *options)
         saved = {"sum": (total, mean), "output": (out, None), "copy": (copy, None)}[save]
-        remember(ctx, (*saved, rstd, weight, bias), options)
+        remember(ctx, (*saved, rstd), options)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input, input_bias, residual))
         ctx.sum_dtype = stream_dtype(input, residual)
         ctx.return_sum, ctx.save = return_sum, save
         ctx.set_materialize_grads(False)
-        *_, copy_dtype, keep_sum, _ = options
-        unused = [
-            x for x, there in ((total, keep_sum), (copy, copy_dtype is not None)) if not there
-        ]
-        ctx.mark_non_differentiable(*unused)
+        there = ((total, named.keep_sum), (copy, named.copy_dtype is not None))
+        ctx.mark_non_differentiable(*[x for x, is_there in there if not is_there])
         return out, total, copy
 
     @staticmethod
     def backward(ctx, grad_out, grad_sum, grad_copy):
-        (saved, mean, rstd, weight, bias), options = recall(ctx)
-        eps, out_dtype, *dropout, copy_dtype, _, backend = options
+        (saved, mean, rstd), options = recall(ctx)
+        named = Options(*options)
+        norm, dropout = NormArguments.of(named), TokenDropout.of(named)
         input_dtype, bias_dtype, residual_dtype = ctx.dtypes
         if torch.compiler.is_compiling() and not ctx.return_sum:
             grad_sum = None  # a compiler fills in zeros for outputs that nobody used
-        if copy_dtype is None:
+        if named.copy_dtype is None:
             grad_copy = None
         if grad_out is None and grad_sum is None and grad_copy is None:
-            return None, None, *(None,) * (5 + len(options))
+            return None, None, *(None,) * (3 + len(options))
         wanted = ctx.needs_input_grad[2:7]
         want_branch, want_input_bias, want_residual, *want_affine = wanted
-        apart = branch_is_apart(TokenDropout(*dropout), input_dtype, ctx.sum_dtype)
+        apart = branch_is_apart(dropout, input_dtype, ctx.sum_dtype)
         if wants_second_order():
             check_second_order(ctx.save)
-            norm = (weight, bias, eps, out_dtype)
-            d_sum, d_branch, d_input_bias, *d_affine = _second_order(
-                _sum_of(grad_out, grad_copy, out_dtype),
-                grad_sum,
-                saved,
-                norm,
-                input_dtype,
-                TokenDropout(*dropout),
-            )
+            grad = _sum_of(grad_out, grad_copy, norm.out_dtype)
+            found = _second_order(grad, grad_sum, saved, norm, input_dtype, dropout)
+            d_sum, d_branch, d_input_bias, *d_affine = found
         else:
+            level = "sum" if ctx.save == "sum" else "output"
             d_sum, d_branch, d_input_bias, *d_affine = _backward_op(
                 grad_out,
                 grad_sum,
@@ -275,15 +283,7 @@ class _DropoutAddLayerNorm(Function):
                 saved,
                 mean,
                 rstd,
-                weight,
-                bias,
-                eps,
-                out_dtype,
-                input_dtype,
-                ctx.sum_dtype,
-                *dropout,
-                "sum" if ctx.save == "sum" else "output",
-                backend,
+                *BackwardOptions(*norm, input_dtype, ctx.sum_dtype, *dropout, level, named.backend),
                 [
                     want_residual or (want_branch and not apart),
                     want_branch and apart,
@@ -299,7 +299,7 @@ class _DropoutAddLayerNorm(Function):
             d_sum.to(residual_dtype) if want_residual else None,
             *d_affine,
         )
-        return None, None, *wanted_only(gradients, wanted), *(None,) * len(options)
+        return None, None, *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)
 
 
 def _sum_of(grad_out: Tensor | None, grad_copy: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -311,12 +311,10 @@ def _sum_of(grad_out: Tensor | None, grad_copy: Tensor | None, dtype: torch.dtyp
 
 def _second_order(grad_out, grad_sum, total, norm, input_dtype, dropout):
     """Differentiable gradients of the sum, the branch, its bias, and the norm's affine map."""
-    weight, bias, eps, out_dtype = norm
     d_weight = d_bias = None
     d_sum = grad_sum
     if grad_out is not None:
-        inputs = [total, weight, bias]
-        d_sum, d_weight, d_bias = norm_gradients(inputs, eps, out_dtype, grad_out)
+        d_sum, d_weight, d_bias = norm_gradients(total, norm, grad_out)
         d_sum = d_sum if grad_sum is None else d_sum + grad_sum
     d_branch = drop_gradient(d_sum, input_dtype, dropout)
     return d_sum, d_branch, column_sum(d_branch, d_branch.dtype), d_weight, d_bias

@@ -20,6 +20,7 @@ from fastattn.arguments import (
     TokenDropout,
     accumulation_dtype,
     autocast_dtype,
+    options_of,
 )
 from fastattn.ops._autograd import (
     Function,
@@ -121,9 +122,9 @@ def feed_forward(
     is_plain = backend == "pytorch" and not dropout.drops and not torch.is_grad_enabled()
     if needs_composite(*tensors) or (is_plain and _followed()):
         return _composite(*tensors, activation, dropout, chunk_tokens or 0)
-    options = (activation, *dropout, save, chunk_tokens or 0, backend)
+    options = Options(activation, *dropout, save, chunk_tokens or 0, backend)
     if is_plain:
-        return _forward(*tensors, *options[:-3], "input", *options[-2:])[0]
+        return _forward(*tensors, *options._replace(save="input"))[0]
     return apply(_FeedForward, *tensors, *options)
 
 
@@ -211,6 +212,10 @@ dispatch.register("feed_forward", "pytorch", in_pytorch)
 # ------------------------------------------------------------- schema, fake, implementation
 
 
+#: What the op takes besides tensors.
+Options = options_of("Options", "activation", TokenDropout, "save", "chunk_tokens", "backend")
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -238,14 +243,14 @@ def _composite(input, weight1, bias1, weight2, bias2, activation, dropout, chunk
     return out.view(*input.shape[:-1], weight2.shape[0])
 
 
-def _forward(input, weight1, bias1, weight2, bias2, activation, *options):
-    *dropout, save, chunk_tokens, backend = options
-    functions = dispatch.functions("feed_forward", backend)
+def _forward(input, weight1, bias1, weight2, bias2, *options):
+    options = Options(*options)
+    functions = dispatch.functions("feed_forward", options.backend)
     x = _rows(input)
     out = x.new_empty(x.shape[0], weight2.shape[0])
-    hidden = x.new_empty(x.shape[0], weight1.shape[0]) if save == "hidden" else None
-    for rows, part in _chunks(TokenDropout(*dropout), x.shape[0], chunk_tokens):
-        arguments = FeedForwardArguments(weight1, bias1, weight2, bias2, activation, part)
+    hidden = x.new_empty(x.shape[0], weight1.shape[0]) if options.save == "hidden" else None
+    for rows, part in _chunks(TokenDropout.of(options), x.shape[0], options.chunk_tokens):
+        arguments = FeedForwardArguments(weight1, bias1, weight2, bias2, options.activation, part)
         kept = None if hidden is None else hidden[rows]
         functions.feed_forward_forward(x[rows], arguments, out[rows], kept)
     shape = input.shape[:-1]
@@ -253,21 +258,22 @@ def _forward(input, weight1, bias1, weight2, bias2, activation, *options):
     return out.view(*shape, weight2.shape[0]), hidden
 
 
-def _forward_fake(input, weight1, bias1, weight2, bias2, activation, *options):
+def _forward_fake(input, weight1, bias1, weight2, bias2, *options):
     out = input.new_empty(*input.shape[:-1], weight2.shape[0])
-    hidden = (*input.shape[:-1], weight1.shape[0]) if options[-3] == "hidden" else (0,)
+    keeps = Options(*options).save == "hidden"
+    hidden = (*input.shape[:-1], weight1.shape[0]) if keeps else (0,)
     return out, input.new_empty(hidden)
 
 
-def _backward(grad_out, input, weight1, bias1, weight2, hidden, wanted, activation, *options):
-    *dropout, save, chunk_tokens, backend = options
-    functions = dispatch.functions("feed_forward", backend)
+def _backward(grad_out, input, weight1, bias1, weight2, hidden, wanted, *options):
+    options = Options(*options)
+    functions = dispatch.functions("feed_forward", options.backend)
     grad, x = _rows(grad_out), _rows(input)
-    kept = _rows(hidden) if save == "hidden" else None
+    kept = _rows(hidden) if options.save == "hidden" else None
     d_input = x.new_empty(x.shape) if wanted[0] else None
     sums: tuple[Tensor | None, ...] = ()
-    for rows, part in _chunks(TokenDropout(*dropout), x.shape[0], chunk_tokens):
-        arguments = FeedForwardArguments(weight1, bias1, weight2, None, activation, part)
+    for rows, part in _chunks(TokenDropout.of(options), x.shape[0], options.chunk_tokens):
+        arguments = FeedForwardArguments(weight1, bias1, weight2, None, options.activation, part)
         found = functions.feed_forward_backward(
             grad[rows],
             x[rows],
@@ -339,12 +345,9 @@ class _FeedForward(Function):
         (*inputs, hidden), options = recall(ctx)
         wanted = list(ctx.needs_input_grad[:5])
         if wants_second_order():
-            activation, *dropout, _, chunk_tokens, _ = options
-            gradients = differentiable_gradients(
-                lambda *x: _composite(*x, activation, TokenDropout(*dropout), chunk_tokens),
-                inputs,
-                grad_out,
-            )
+            named = Options(*options)
+            same = named.activation, TokenDropout.of(named), named.chunk_tokens
+            gradients = differentiable_gradients(lambda *x: _composite(*x, *same), inputs, grad_out)
         else:
             gradients = _backward_op(grad_out, *inputs[:4], hidden, wanted, *options)
         return *wanted_only(gradients, wanted), *(None,) * len(options)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import dispatch
-from fastattn.arguments import NORM_ARGUMENTS, NormArguments, accumulation_dtype
+from fastattn.arguments import NORM_ARGUMENTS, NormArguments, accumulation_dtype, options_of
 from fastattn.extension import layer_norm as in_extension
 from fastattn.extension import loading
 from fastattn.ops._autograd import (
@@ -77,7 +77,7 @@ def layer_norm(
     to_torch = leaves_it_to_torch(backend, input.dtype, save)
     if to_torch or needs_composite(input, weight, bias):
         return in_pytorch.layer_norm_composite(input, weight, bias, arguments)
-    return apply(_LayerNorm, input, *arguments, save, backend)
+    return apply(_LayerNorm, input, *BackwardOptions(*arguments, input.dtype, save, backend))
 
 
 def why_not_from_output(weight: Tensor | None, bias: Tensor | None) -> str | None:
@@ -184,9 +184,15 @@ register_backends("layer_norm", cpu_only_by_name=why_cpu_only_by_name)
 # ------------------------------------------------------------- schema, fake, implementation
 
 
-def _forward(input, weight, bias, eps, out_dtype, backend):
-    functions = dispatch.functions("layer_norm", backend)
-    return functions.layer_norm_forward(input, NormArguments(weight, bias, eps, out_dtype))
+#: What the op takes besides its input, and its backward besides gradient and statistics.
+Options = options_of("Options", NormArguments, "backend")
+BackwardOptions = options_of("BackwardOptions", NormArguments, "input_dtype", "save", "backend")
+
+
+def _forward(input, *options):
+    options = Options(*options)
+    functions = dispatch.functions("layer_norm", options.backend)
+    return functions.layer_norm_forward(input, NormArguments.of(options))
 
 
 def statistics_fake(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,28 +201,29 @@ def statistics_fake(input: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(input.new_empty(input.shape[:-1], dtype=dtype) for _ in range(2))
 
 
-def _forward_fake(input, weight, bias, eps, out_dtype, backend):
-    return input.new_empty(input.shape, dtype=out_dtype), *statistics_fake(input)
+def _forward_fake(input, *options):
+    dtype = Options(*options).out_dtype
+    return input.new_empty(input.shape, dtype=dtype), *statistics_fake(input)
 
 
-def _backward(
-    grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, save, backend, want
-):
-    functions = dispatch.functions("layer_norm", backend)
-    arguments = NormArguments(weight, bias, eps, out_dtype)
+def _backward(grad_out, saved, mean, rstd, *options):
+    *options, wanted = options
+    options = BackwardOptions(*options)
+    functions = dispatch.functions("layer_norm", options.backend)
+    norm, dtype = NormArguments.of(options), options.input_dtype
     gradients = functions.layer_norm_backward(
-        grad_out, saved, mean, rstd, arguments, input_dtype, save, want
+        grad_out, saved, mean, rstd, norm, dtype, options.save, wanted
     )
     return or_empty(gradients, saved)
 
 
-def _backward_fake(
-    grad_out, saved, mean, rstd, weight, bias, eps, out_dtype, input_dtype, save, backend, want
-):
-    targets = ((saved, input_dtype), (weight, None), (bias, None))
+def _backward_fake(grad_out, saved, mean, rstd, *options):
+    *options, wanted = options
+    options = BackwardOptions(*options)
+    targets = ((saved, options.input_dtype), (options.weight, None), (options.bias, None))
     return tuple(
-        x.new_empty(x.shape, dtype=dtype) if wanted else saved.new_empty(0)
-        for (x, dtype), wanted in zip(targets, want, strict=True)
+        x.new_empty(x.shape, dtype=dtype) if want else saved.new_empty(0)
+        for (x, dtype), want in zip(targets, wanted, strict=True)
     )
 
 
@@ -239,23 +246,24 @@ _backward_op = define(
 
 class _LayerNorm(Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, eps, out_dtype, save, backend):
-        out, mean, rstd = _forward_op(input, weight, bias, eps, out_dtype, backend)
-        saved = (out, None) if save == "output" else (input, mean)
-        remember(ctx, (weight, bias, *saved, rstd), (eps, out_dtype, input.dtype, save, backend))
+    def forward(ctx, input, *options):
+        named = BackwardOptions(*options)
+        out, mean, rstd = _forward_op(input, *NormArguments.of(named), named.backend)
+        saved = (out, None) if named.save == "output" else (input, mean)
+        remember(ctx, (*saved, rstd), options)
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        (weight, bias, saved, mean, rstd), options = recall(ctx)
-        eps, out_dtype, _, save, _ = options
+        (saved, mean, rstd), options = recall(ctx)
         wanted = list(ctx.needs_input_grad[:3])
         if wants_second_order():
-            check_second_order(save)
-            gradients = norm_gradients([saved, weight, bias], eps, out_dtype, grad_out)
+            named = BackwardOptions(*options)
+            check_second_order(named.save)
+            gradients = norm_gradients(saved, NormArguments.of(named), grad_out)
         else:
-            gradients = _backward_op(grad_out, saved, mean, rstd, weight, bias, *options, wanted)
-        return *wanted_only(gradients, wanted), None, None, None, None
+            gradients = _backward_op(grad_out, saved, mean, rstd, *options, wanted)
+        return *wanted_only(gradients, wanted), *(None,) * (len(options) - 2)
 
 
 def check_second_order(save: str) -> None:
@@ -266,11 +274,9 @@ def check_second_order(save: str) -> None:
         )
 
 
-def norm_gradients(
-    inputs: list[Tensor | None], eps: float, out_dtype: torch.dtype, grad_out: Tensor
-) -> list[Tensor | None]:
+def norm_gradients(input: Tensor, norm: NormArguments, grad_out: Tensor) -> list[Tensor | None]:
     """Differentiable gradients of a layer norm's (input, weight, bias)."""
-    arguments = NormArguments(*inputs[1:], eps, out_dtype)
+    inputs = (input, norm.weight, norm.bias)
     return differentiable_gradients(
-        lambda *x: in_pytorch.layer_norm_composite(*x, arguments), inputs, grad_out
+        lambda *x: in_pytorch.layer_norm_composite(*x, norm), inputs, grad_out
     )

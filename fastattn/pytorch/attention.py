@@ -129,7 +129,7 @@ def attention_without_dropout(
     It takes a mask in the dtype of query. Where that does not hold every number of a float mask,
     everything is in the dtype that does: a finite number too large for 16 bits is no infinity.
     """
-    if all(x is None for x in arguments[:5]):  # no mask, no lengths, not packed
+    if arguments.is_dense:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         is_causal, scale = arguments.is_causal, arguments.scale
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
@@ -193,7 +193,7 @@ def _sum_dtype(arguments: AttentionArguments, dtype: torch.dtype) -> torch.dtype
     It holds every number of each: a finite mask must not become infinite.
     """
     count = 0
-    for mask in (arguments.key_padding_mask, arguments.attn_mask):
+    for mask in arguments.masks:
         if mask is not None and mask.dtype != torch.bool:
             dtype, count = torch.promote_types(dtype, mask.dtype), count + 1
     return dtype if count < 2 else accumulation_dtype(dtype)

@@ -76,7 +76,7 @@ def dropout_add_composite(
 def layer_norm_forward(input: Tensor, arguments: NormArguments) -> tuple[Tensor, Tensor, Tensor]:
     """LN(input) in ``out_dtype``, and mean and 1 / deviation of each row in at least fp32."""
     wide = accumulation_dtype(input.dtype)
-    weight, bias = (None if x is None else x.to(wide) for x in arguments[:2])
+    weight, bias = (None if x is None else x.to(wide) for x in (arguments.weight, arguments.bias))
     shape = input.shape[-1:]
     out, mean, rstd = torch.ops.aten.native_layer_norm(
         input.to(wide), shape, weight, bias, arguments.eps
@@ -99,7 +99,7 @@ def layer_norm_backward(
     ``saved`` is the input, or the result where ``save`` is ``"output"``.
     """
     wide = rstd.dtype
-    weight, bias = (None if x is None else x.to(wide) for x in arguments[:2])
+    weight, bias = (None if x is None else x.to(wide) for x in (arguments.weight, arguments.bias))
     input = saved.to(wide)
     if save == "output":  # the same deviations from a mean of zero
         input = _normalised(input, weight, bias) / rstd.unsqueeze(-1)
@@ -114,7 +114,10 @@ def layer_norm_backward(
         bias,
         list(wanted),
     )
-    dtypes = (input_dtype, *(None if x is None else x.dtype for x in arguments[:2]))
+    dtypes = (
+        input_dtype,
+        *(None if x is None else x.dtype for x in (arguments.weight, arguments.bias)),
+    )
     return tuple(
         grad.to(dtype) if want else None
         for grad, dtype, want in zip(grads, dtypes, wanted, strict=True)
