@@ -6,10 +6,11 @@ TRITON := triton==3.7.1; sys_platform == 'linux'
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install test bench kernel-report gpu-check lint format clean
+.PHONY: help install check test bench kernel-report gpu-check lint format clean
 
 help:
 	@echo "make install   .venv with fastattn (editable) and everything its tests need"
+	@echo "make check     style, and the tests that need no kernels; three minutes on two cores"
 	@echo "make test      run the tests; those that need a GPU are skipped without one"
 	@echo "make bench     run the quick benchmarks on this machine and print the tables"
 	@echo "make kernel-report   compile the GPU kernels, without a GPU, and hold them to their budgets"
@@ -23,6 +24,14 @@ install: $(STAMP)
 # On every core where pytest-xdist is there; on a GPU in one process, whose memory and time it measures.
 test: $(STAMP)
 	@options="$$($(BIN)/python -c "$$SPREAD")" && set -x && $(BIN)/python -m pytest -q $$options
+
+# Not the interpreter's, compilers', examples' and benchmarks' tests, which take most of the time.
+SLOW := compiled interpreted cuda_on_cpu packaging pretrain finetune gpu_check benchmarks \
+	benchmarks_end_to_end benchmarks_pytest benchmarks_plots
+
+check: lint
+	@options="$$($(BIN)/python -c "$$SPREAD")" && set -x && \
+		$(BIN)/python -m pytest -q $$options $(SLOW:%=--ignore=tests/test_%.py)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick

@@ -57,8 +57,8 @@ fastattn::Vector vector_of(const VectorTuple& tuple) { return made_from<fastattn
 
 fastattn::ResidualDropout dropout_of(const DropoutTuple& tuple) {
   const auto& [seed, site, threshold, scale, row_index, period, batch_first] = tuple;
-  return {reinterpret_cast<const int64_t*>(seed), site,   threshold,  scale,
-          reinterpret_cast<const int32_t*>(row_index), period, batch_first};
+  return {reinterpret_cast<const int64_t*>(seed), site, threshold, scale,
+          {reinterpret_cast<const int32_t*>(row_index), period, batch_first}};
 }
 
 fastattn::NormForward norm_forward_of(

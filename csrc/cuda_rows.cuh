@@ -335,7 +335,7 @@ FASTATTN_DEVICE float2 row_sums(float first, float second, float (&scratch)[2][k
 
 // The logical row, from which position and sequence follow.
 FASTATTN_DEVICE uint32_t logical_row(const ResidualDropout& dropout, uint32_t row) {
-  return dropout.row_index ? uint32_t(dropout.row_index[row]) : row;
+  return dropout.map.row_index ? uint32_t(dropout.map.row_index[row]) : row;
 }
 
 class RowDropout {
@@ -343,10 +343,10 @@ class RowDropout {
   FASTATTN_DEVICE RowDropout(const ResidualDropout& dropout, uint32_t logical)
       : drops(dropout.seed != nullptr) {
     if (!drops) return;
-    const uint32_t period = uint32_t(dropout.period);
+    const uint32_t period = uint32_t(dropout.map.period);
     const uint32_t outer = logical / period, inner = logical - outer * period;
-    position = dropout.batch_first ? inner : outer;
-    sequence = dropout.batch_first ? outer : inner;
+    position = dropout.map.batch_first ? inner : outer;
+    sequence = dropout.map.batch_first ? outer : inner;
     site = dropout.site << 16;
     threshold = dropout.threshold;
     scale = float(dropout.scale);

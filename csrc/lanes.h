@@ -6,19 +6,13 @@
 #include <cstring>
 
 #include "philox.h"
+#include "token_map.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "fastattn reads 32-bit words as pairs of 16-bit lanes, low half first: little-endian only"
 #endif
 
 namespace fastattn {
-
-// Where the rows of a token tensor lie in their batch.
-struct TokenMap {
-  const int32_t* row_index;  // logical row of each row, or null: a row is its own logical row
-  int64_t period;            // what splits a logical row into position and sequence; at least 1
-  bool batch_first;          // position is the remainder, not the quotient
-};
 
 FASTATTN_INLINE PhiloxKey token_key(const TokenMap& map, int64_t row, uint32_t site,
                                     uint64_t seed) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "token_map.h"
+
 namespace fastattn {
 
 enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2, float64 = 3 };
@@ -29,10 +31,8 @@ struct ResidualDropout {
   const int64_t* seed;  // in the memory of the device; null: nothing drops
   uint32_t site;
   uint32_t threshold;  // lanes below it drop; 0 .. 16384
-  double scale;        // of what is kept
-  const int32_t* row_index;  // logical row of each row, or null: a row is its own logical row
-  int64_t period;            // what splits a logical row into position and sequence; at least 1
-  bool batch_first;          // position is the remainder, not the quotient
+  double scale;         // of what is kept
+  TokenMap map;
 };
 
 // The sum is rounded to its type before it is normalised, whether it is stored or not.

@@ -153,9 +153,8 @@ FASTATTN_INLINE const uint16_t* decide(const ResidualDropout& dropout, int64_t r
                                        int64_t columns, uint16_t* lanes) {
   if (!dropout.seed) return nullptr;
   constexpr int64_t kRunColumns = kLanesPerCall * kCallsPerRun;
-  const TokenMap map{dropout.row_index, dropout.period, dropout.batch_first};
   const PhiloxKey key =
-      token_key(map, row, dropout.site, static_cast<uint64_t>(*dropout.seed));
+      token_key(dropout.map, row, dropout.site, static_cast<uint64_t>(*dropout.seed));
   PhiloxRun run;
   for (int64_t column = 0; column < columns; column += kRunColumns) {
     const int64_t count = std::min(kRunColumns, columns - column);

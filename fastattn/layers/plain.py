@@ -115,7 +115,7 @@ def why_attention_called(layer: nn.TransformerEncoderLayer) -> str | None:
 
 
 def why_feed_forward_called(layer: nn.TransformerEncoderLayer) -> str | None:
-    """The same of the feed-forward block."""
+    """Why the feed-forward block gets its input as a module does, in its own dtype."""
     if overrides(layer, "_ff_block"):
         return "the layer overrides _ff_block"
     return why_module(layer.linear1, nn.Linear)

@@ -171,7 +171,7 @@ def why_cpu_only_by_name(device: torch.device, dtypes: Dtypes = ()) -> str | Non
 
 
 def register_backends(op: str, cpu_only_by_name: Callable[..., str | None] | None = None) -> None:
-    """The same four for every op with a norm or a residual sum."""
+    """Register the four backends of an op with a norm or a residual sum."""
     dispatch.register(op, "cuda", in_extension.cuda, why_not_cuda)
     dispatch.register(op, "cpu", in_extension.cpu, why_not_cpu, cpu_only_by_name)
     dispatch.register(op, "triton", "fastattn.kernels.layer_norm", why_not_triton)

@@ -162,14 +162,8 @@ class Launch:
 
     def __init__(self, arguments: Any, statistics: Tensor, **rows: Tensor) -> None:
         query, key = rows["q"], rows["k"]
-        self.device, self.dtype = query.device, query.dtype
+        self.rows, self.device, self.dtype = rows, query.device, query.dtype
         self.heads, self.head_dim = query.shape[-2:]
-        self.packing = {
-            "CuSeqlensQ": contiguous(arguments.cu_seqlens_q),
-            "CuSeqlensK": contiguous(arguments.cu_seqlens_k),
-            "tokens_q": query.shape[0],
-            "tokens_k": key.shape[0],
-        }
         self.is_packed = arguments.cu_seqlens_q is not None
         if self.is_packed:
             self.batch = arguments.cu_seqlens_q.numel() - 1
@@ -179,35 +173,24 @@ class Launch:
             self.seqlen_k = key.shape[1]
         #: One for each head of each sequence, and of the rows after the last packed one.
         self.programs = (self.batch + self.is_packed) * self.heads * min(self.head_dim, 1)
-        self.rows = rows
+        self.has_pair_mask = arguments.attn_mask is not None or arguments.is_causal
         self.unit = math.gcd(
             ACCESS_BYTES // query.element_size(),
             *(stride for x in rows.values() for stride in x.stride()[:-1]),
         )
-        padding, mask = _as_bytes(arguments.key_padding_mask), _as_bytes(arguments.attn_mask)
-        if padding is not None and padding.stride(1) != 1:
-            padding = padding.contiguous()
-        bias_unit, bias_strides = 1, (0, 0, 0, 0)
-        if mask is not None:
-            if _broadcast_strides(mask)[3] > 1:
-                mask = _with_adjacent_columns(mask)
-            bias_strides = _broadcast_strides(mask)
-            bias_unit = math.gcd(
-                ACCESS_BYTES // mask.element_size(), self.seqlen_k, *bias_strides[:3]
-            )
-        self.has_pair_mask = mask is not None or arguments.is_causal
+        self.packing = {
+            "CuSeqlensQ": contiguous(arguments.cu_seqlens_q),
+            "CuSeqlensK": contiguous(arguments.cu_seqlens_k),
+            "tokens_q": query.shape[0],
+            "tokens_k": key.shape[0],
+        }
+        pairs = _PairMask(arguments.attn_mask, self.seqlen_k)
         self.arguments = {
-            "KeyMask": padding,
-            "Bias": mask,
-            "KeyLengths": contiguous(arguments.key_lengths),
-            "QueryLengths": contiguous(arguments.query_lengths),
+            **self._masks(arguments, pairs),
             "Seed": arguments.seed if arguments.dropout.drops else None,
             "RowShift": statistics[0],
             "RowScale": statistics[1] if statistics.shape[0] == 2 else None,
             "row_stride": statistics.shape[-1],
-            "key_stride": 0 if padding is None else padding.stride(0),
-            "bias_strides": tuple(stride // bias_unit for stride in bias_strides[:3]),
-            "bias_columns": self.seqlen_k // bias_unit,
             "batch": self.batch,
             "heads": self.heads,
             "seqlen_q": self.seqlen_q,
@@ -218,20 +201,35 @@ class Launch:
             "threshold": threshold(arguments.dropout_p),
             "keep_scale": keep_scale(arguments.dropout_p),
         }
+        row_strides = [x.stride(-3) for x in rows.values()]
         self.tile = {
             "HEAD_DIM": self.head_dim,
             "IS_CAUSAL": arguments.is_causal,
             "BASE_2": statistics.shape[0] == 1,
             "PRECISION": _precision(self.dtype),
             "OWNS_ROW": capability(self.device)[0] == 10,
-            "WIDE": max(*(x.stride(-3) for x in rows.values()), bias_strides[2]) >= STRIDE_LIMIT,
+            "WIDE": max(*row_strides, pairs.strides[2]) >= STRIDE_LIMIT,
             "UNIT": self.unit,
-            "BIAS_UNIT": bias_unit,
-            "BIAS_STRIDE": bias_strides[3],
+            "BIAS_UNIT": pairs.unit,
+            "BIAS_STRIDE": pairs.strides[3],
+        }
+
+    def _masks(self, arguments: Any, pairs: _PairMask) -> dict[str, Any]:
+        padding = _as_bytes(arguments.key_padding_mask)
+        if padding is not None and padding.stride(1) != 1:
+            padding = padding.contiguous()
+        return {
+            "KeyMask": padding,
+            "key_stride": 0 if padding is None else padding.stride(0),
+            "Bias": pairs.mask,
+            "bias_strides": tuple(stride // pairs.unit for stride in pairs.strides[:3]),
+            "bias_columns": self.seqlen_k // pairs.unit,
+            "KeyLengths": contiguous(arguments.key_lengths),
+            "QueryLengths": contiguous(arguments.query_lengths),
         }
 
     def strides(self, *names: str) -> dict[str, tuple[int, ...]]:
-        """Of batch, row and head, in units; a packed tensor has none of the batch."""
+        """The strides of batch, row and head, in units; a packed tensor has none of the batch."""
         found = {}
         for name in names:
             strides = tuple(stride // self.unit for stride in self.rows[name].stride()[:-1])
@@ -257,6 +255,19 @@ class Launch:
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
+
+
+class _PairMask:
+    """A mask of pairs as kernels read it: its strides, and the unit that shows their alignment."""
+
+    def __init__(self, mask: Tensor | None, seqlen_k: int) -> None:
+        self.mask, self.unit, self.strides = _as_bytes(mask), 1, (0, 0, 0, 0)
+        if mask is not None:
+            if _broadcast_strides(mask)[3] > 1:
+                self.mask = _with_adjacent_columns(self.mask)
+            self.strides = _broadcast_strides(self.mask)
+            aligned = ACCESS_BYTES // self.mask.element_size()
+            self.unit = math.gcd(aligned, seqlen_k, *self.strides[:3])
 
 
 def _addressable(x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def padded(head_dim: int) -> int:
 
 @triton.constexpr_function
 def sum_dtype(dtype: tl.dtype) -> tl.dtype:
-    """Of sums and statistics."""
+    """The dtype of sums and statistics of tiles in ``dtype``."""
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
@@ -442,7 +442,7 @@ def drop(probs, dropout, start_m, start_n, dtype: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def kept_transposed(dropout, start_m, start_n, TILE: tl.constexpr):
-    """The same decisions for a transposed tile, [BLOCK_N, BLOCK_M].
+    """The decisions of a transposed tile, [BLOCK_N, BLOCK_M].
 
     A thread holds rows n, n + 8 and columns m, m + 8 of a call there: four of its eight lanes.
     """

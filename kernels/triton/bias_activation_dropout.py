@@ -313,7 +313,7 @@ def bias_activation_dropout_backward(
 
 
 def _backward_registers(dtype: torch.dtype, device: torch.device) -> int:
-    """Of a thread, at most: three programs share a multiprocessor.
+    """The most registers of a thread: three programs share a multiprocessor.
 
     Two where doubles, or the packed arithmetic of compute capability 10, take more.
     """

@@ -25,7 +25,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def dropout_arguments(dropout: TokenDropout) -> dict[str, Any]:
-    """Of a kernel that drops, by the names that all of them use; without a seed nothing drops."""
+    """What every kernel that drops takes of a dropout; without a seed nothing drops."""
     drops = dropout.drops and dropout.seed is not None
     return {
         "Seed": dropout.seed if drops else None,

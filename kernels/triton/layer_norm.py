@@ -277,7 +277,7 @@ def _norm_backward(
 
 
 def _backward_registers(launch: tuple[Tile, int], dtype: torch.dtype, from_output: bool) -> int:
-    """Of a thread, at most: three programs share a multiprocessor, or two that own more."""
+    """The most registers of a thread: three programs share a multiprocessor, or two larger ones."""
     tile, num_warps = launch
     is_small = num_warps == 4 and tile.CHUNKS <= 2 and dtype == torch.float32 and not from_output
     return min(168 if is_small else 255, REGISTERS // (32 * num_warps))
@@ -354,7 +354,7 @@ def _chunk_tile(
 
 
 def _narrow_lanes(groups: int) -> int:
-    """Of one warp, and fewer where the row is narrower."""
+    """The lanes of a row in one warp, fewer where the row is narrower."""
     return min(32, triton.next_power_of_2(groups))
 
 

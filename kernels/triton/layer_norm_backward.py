@@ -274,7 +274,7 @@ def layer_norm_wide_backward_kernel(
     FROM_OUTPUT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of rows that no register file holds: one row at a time, in chunks.
+    """The gradients of rows that no register file holds: one row at a time, in chunks.
 
     Each row is read twice, and the sums of columns lie in the program's own row of the parts.
     """

@@ -166,7 +166,7 @@ def layer_norm_wide_forward_kernel(
     SUM_TYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of rows that no register file holds: one row a program, chunk by chunk.
+    """LN of rows that no register file holds: one row a program, chunk by chunk.
 
     The first pass combines the mean and the squares of chunks as Chan, Golub and LeVeque do
     (COMPSTAT 1982); the second makes the sum again.
