@@ -210,8 +210,8 @@ class Launch:
             "OWNS_ROW": capability(self.device)[0] == 10,
             "WIDE": max(*row_strides, pairs.strides[2]) >= STRIDE_LIMIT,
             "UNIT": self.unit,
-            "BIAS_UNIT": pairs.unit,
-            "BIAS_STRIDE": pairs.strides[3],
+            "PAIR_UNIT": pairs.unit,
+            "PAIR_STRIDE": pairs.strides[3],
         }
 
     def _masks(self, arguments: Any, pairs: _PairMask) -> dict[str, Any]:
@@ -221,9 +221,9 @@ class Launch:
         return {
             "KeyMask": padding,
             "key_stride": 0 if padding is None else padding.stride(0),
-            "Bias": pairs.mask,
-            "bias_strides": tuple(stride // pairs.unit for stride in pairs.strides[:3]),
-            "bias_columns": self.seqlen_k // pairs.unit,
+            "PairMask": pairs.mask,
+            "pair_strides": tuple(stride // pairs.unit for stride in pairs.strides[:3]),
+            "pair_columns": self.seqlen_k // pairs.unit,
             "KeyLengths": contiguous(arguments.key_lengths),
             "QueryLengths": contiguous(arguments.query_lengths),
         }

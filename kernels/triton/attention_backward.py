@@ -22,7 +22,9 @@ from fastattn.kernels.attention_forward import RUNTIME
 from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
-    bias_offset,
+    Ends,
+    Masks,
+    Place,
     dropout_of,
     is_open,
     kept,
@@ -33,6 +35,7 @@ from fastattn.kernels.attention_tiles import (
     masked,
     masked_pairs,
     padded,
+    pair_offset_of,
     probability,
     product,
     program_of,
@@ -62,7 +65,7 @@ def attention_query_gradient_kernel(
     Delta,  # like RowShift
     dQ,  # like Q
     KeyMask,  # [B, seqlen_k] uint8 or float, or None
-    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
+    PairMask,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
     KeyLengths,  # [B] int32, or None
     QueryLengths,  # [B] int32, or None
     CuSeqlensQ,  # [B + 1] int32, or None
@@ -76,8 +79,8 @@ def attention_query_gradient_kernel(
     dq_strides,
     row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
-    bias_strides,
-    bias_columns,
+    pair_strides,
+    pair_columns,
     batch,
     heads,
     query_blocks,
@@ -100,8 +103,8 @@ def attention_query_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
-    place_q = CuSeqlensQ, sequence, batch, tokens_q, seqlen_q
-    place_k = CuSeqlensK, sequence, batch, tokens_k, seqlen_k
+    place_q = Place(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
+    place_k = Place(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
     first_q, rows_q, end_m = sequence_of(place_q)
     first_k, _, end_n = sequence_of(place_k)
     start_m = block * BLOCK_M
@@ -121,9 +124,9 @@ def attention_query_gradient_kernel(
     dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
-    offset = bias_offset(bias_strides, sequence, head, TILE)
+    offset = pair_offset_of(pair_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
-    masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
@@ -144,11 +147,11 @@ def attention_query_gradient_kernel(
 
     dq = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
     excess = tl.zeros([BLOCK_M, excess_columns(q.dtype, BLOCK_N)], dtype)
-    ends = end_m, end_n
+    ends = Ends(end_m, end_n)
     n_blocks = tl.cdiv(end_n, BLOCK_N)
     for first_block in tl.range(0, n_blocks, ALL if KeyMask is None else FLAGS):
         whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
-        if Bias is None:
+        if PairMask is None:
             dq, excess = gather_from_keys(
                 dq, excess, rows, keys, whole, masks, dropout, to_scores, start_m, ends,
                 TILE, False,
@@ -200,12 +203,12 @@ def gather_from_keys(
     """Add dS K over a run of blocks of keys."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     K, V, k_stride, v_stride = keys
-    _, flags, count = run
-    for i in tl.range(count):
+    flags = run.flags
+    for i in tl.range(run.count):
         start_n = start_of(run, i, flags, masks, BLOCK_N)
         flags &= flags - 1
-        k = load_tile(K, start_n, k_stride, ends[1], BLOCK_N, TILE, MASKED)
-        v = load_tile(V, start_n, v_stride, ends[1], BLOCK_N, TILE, MASKED)
+        k = load_tile(K, start_n, k_stride, ends.n, BLOCK_N, TILE, MASKED)
+        v = load_tile(V, start_n, v_stride, ends.n, BLOCK_N, TILE, MASKED)
         ds = score_gradients(
             rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, MASKED
         )
@@ -259,7 +262,7 @@ def attention_key_gradient_kernel(
     dK,  # like K
     dV,  # like K
     KeyMask,  # [B, seqlen_k] uint8 or float, or None
-    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
+    PairMask,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
     KeyLengths,  # [B] int32, or None
     QueryLengths,  # [B] int32, or None
     CuSeqlensQ,  # [B + 1] int32, or None
@@ -274,8 +277,8 @@ def attention_key_gradient_kernel(
     dv_strides,
     row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
-    bias_strides,
-    bias_columns,
+    pair_strides,
+    pair_columns,
     batch,
     heads,
     key_blocks,
@@ -301,8 +304,8 @@ def attention_key_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(key_blocks, heads, False)
-    place_q = CuSeqlensQ, sequence, batch, tokens_q, seqlen_q
-    place_k = CuSeqlensK, sequence, batch, tokens_k, seqlen_k
+    place_q = Place(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
+    place_k = Place(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
     first_q, rows_q, end_m = sequence_of(place_q)
     first_k, rows_k, end_n = sequence_of(place_k)
     start_n = block * BLOCK_N
@@ -327,9 +330,9 @@ def attention_key_gradient_kernel(
         RowScale += row
     queries = Q, dOut, RowShift + row, RowScale, Delta, dQ
     strides = q_strides[1], do_strides[1], dq_strides[1]
-    offset = bias_offset(bias_strides, sequence, head, TILE)
+    offset = pair_offset_of(pair_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
-    masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
@@ -360,16 +363,16 @@ def attention_key_gradient_kernel(
     if TILE.IS_CAUSAL:
         first = tl.minimum(start_n // BLOCK_M, query_blocks)
         whole = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M), query_blocks)
-    if Bias is not None or (TILE.IS_CAUSAL and dQ is not None):
+    if PairMask is not None or (TILE.IS_CAUSAL and dQ is not None):
         whole = query_blocks
     tile = k, v, start_n
-    ends = end_m, end_n, rows_q
-    if TILE.IS_CAUSAL or Bias is not None:
+    ends = Ends(end_m, end_n, rows_q)
+    if TILE.IS_CAUSAL or PairMask is not None:
         dk, dv = gather_from_queries(
             dk, dv, tile, added, queries, strides, first, whole, masks, dropout, scales,
             ends, TILE, True,
         )  # fmt: skip
-    if Bias is None and (dQ is None or not TILE.IS_CAUSAL):
+    if PairMask is None and (dQ is None or not TILE.IS_CAUSAL):
         dk, dv = gather_from_queries(
             dk, dv, tile, added, queries, strides, whole, query_blocks, masks, dropout, scales,
             ends, TILE, False,
@@ -408,11 +411,11 @@ def gather_from_queries(
     for block in tl.range(first_block, end_block):
         start_m = block * BLOCK_M
         m = start_m + tl.arange(0, BLOCK_M)
-        q = load_tile(Q, start_m, strides[0], ends[0], BLOCK_M, TILE, True)
-        do = load_tile(dOut, start_m, strides[1], ends[0], BLOCK_M, TILE, True)
-        shift = load_shared(RowShift + m, m < ends[0], float("inf"), BLOCK_M)
+        q = load_tile(Q, start_m, strides[0], ends.m, BLOCK_M, TILE, True)
+        do = load_tile(dOut, start_m, strides[1], ends.m, BLOCK_M, TILE, True)
+        shift = load_shared(RowShift + m, m < ends.m, float("inf"), BLOCK_M)
         if dQ is None:
-            delta = load_shared(Delta + m, m < ends[0], 0.0, BLOCK_M)
+            delta = load_shared(Delta + m, m < ends.m, 0.0, BLOCK_M)
         scores = product(k, tl.trans(q), TILE)
         scores *= to_scores  # [BLOCK_N, BLOCK_M]
         if MASKED:
@@ -421,7 +424,7 @@ def gather_from_queries(
             scores += added[:, None]
         probs = probability(scores - shift[None, :], TILE)
         if RowScale is not None:
-            probs *= load_shared(RowScale + m, m < ends[0], 0.0, BLOCK_M)[None, :]
+            probs *= load_shared(RowScale + m, m < ends.m, 0.0, BLOCK_M)[None, :]
         dropped = probs
         if dropout is not None:
             dropped = tl.where(kept_transposed(dropout, start_m, start_n, TILE), probs, 0.0)
@@ -438,7 +441,7 @@ def gather_from_queries(
         if dQ is not None:
             dq = product(tl.trans(k), ds, TILE)
             dq = tl.trans(dq * out_scale)
-            store_tile(dQ, dq, start_m, strides[2], ends[2], BLOCK_M, TILE)
+            store_tile(dQ, dq, start_m, strides[2], ends.rows, BLOCK_M, TILE)
     return dk, dv
 
 

@@ -12,7 +12,9 @@ import triton.language as tl
 from fastattn.kernels.attention_tiles import (
     ALL,
     FLAGS,
-    bias_offset,
+    Ends,
+    Masks,
+    Place,
     drop,
     dropout_of,
     exponential,
@@ -20,6 +22,7 @@ from fastattn.kernels.attention_tiles import (
     load_tile,
     masked,
     padded,
+    pair_offset_of,
     probability,
     product,
     program_of,
@@ -38,10 +41,10 @@ from fastattn.kernels.attention_tiles import (
 RUNTIME = [
     *("do_strides", "q_strides", "k_strides", "v_strides", "out_strides"),
     *("dq_strides", "dk_strides", "dv_strides", "dmask_strides"),
-    *("row_stride", "key_stride", "bias_strides"),
+    *("row_stride", "key_stride", "pair_strides"),
     *("batch", "heads", "query_blocks", "key_blocks", "seqlen_q", "seqlen_k", "splits"),
     *("tokens_q", "tokens_k"),
-    *("bias_columns", "site", "head_offset", "threshold"),
+    *("pair_columns", "site", "head_offset", "threshold"),
 ]
 
 
@@ -54,7 +57,7 @@ def attention_forward_kernel(
     RowShift,  # [B, heads, seqlen_q], or [heads, tokens]; fp32
     RowScale,  # like RowShift; or None
     KeyMask,  # [B, seqlen_k]: uint8, not 0 where a key is ignored, or float to add; or None
-    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1]: the same for pairs; or None
+    PairMask,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1]: the same for pairs; or None
     KeyLengths,  # [B] int32, or None
     QueryLengths,  # [B] int32, or None
     CuSeqlensQ,  # [B + 1] int32, or None
@@ -66,8 +69,8 @@ def attention_forward_kernel(
     out_strides,
     row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
-    bias_strides,  # of batch, head and row, in BIAS_UNITs, 0 where it broadcasts
-    bias_columns,  # in BIAS_UNITs
+    pair_strides,  # of batch, head and row, in PAIR_UNITs, 0 where it broadcasts
+    pair_columns,  # in PAIR_UNITs
     batch,
     heads,
     query_blocks,
@@ -96,8 +99,8 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     dtype: tl.constexpr = sum_dtype(Q.dtype.element_ty)
     block, head, sequence = program_of(query_blocks, heads, TILE.IS_CAUSAL)
-    place_q = CuSeqlensQ, sequence, batch, tokens_q, seqlen_q
-    place_k = CuSeqlensK, sequence, batch, tokens_k, seqlen_k
+    place_q = Place(CuSeqlensQ, sequence, batch, tokens_q, seqlen_q)
+    place_k = Place(CuSeqlensK, sequence, batch, tokens_k, seqlen_k)
     first_q, rows_q, end_m = sequence_of(place_q)
     first_k, _, end_n = sequence_of(place_k)
     start_m = block * BLOCK_M
@@ -115,9 +118,9 @@ def attention_forward_kernel(
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
     keys = K, V, k_strides[1], v_strides[1]
-    offset = bias_offset(bias_strides, sequence, head, TILE)
+    offset = pair_offset_of(pair_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
-    masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
@@ -127,11 +130,11 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
     row_sum = tl.zeros([BLOCK_M], dtype)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype)
-    ends = end_m, end_n
+    ends = Ends(end_m, end_n)
     n_blocks = tl.cdiv(end_n, BLOCK_N)
     for first_block in tl.range(0, n_blocks, ALL if KeyMask is None else FLAGS):
         whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
-        if Bias is None:
+        if PairMask is None:
             acc, row_sum, row_max = attend(
                 acc, row_sum, row_max, q, keys, whole, masks, dropout, scale, start_m, ends,
                 TILE, False,
@@ -173,11 +176,11 @@ def attend(
     """Take a run of blocks of keys into the softmax and the output."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     K, V, k_stride, v_stride = keys
-    _, flags, count = run
-    for i in tl.range(count):
+    flags = run.flags
+    for i in tl.range(run.count):
         start_n = start_of(run, i, flags, masks, BLOCK_N)
         flags &= flags - 1
-        k = load_tile(K, start_n, k_stride, ends[1], BLOCK_N, TILE, MASKED)
+        k = load_tile(K, start_n, k_stride, ends.n, BLOCK_N, TILE, MASKED)
         scores = product(q, tl.trans(k), TILE)
         if MASKED:
             scores = masked(scores * scale, masks, start_m, start_n, ends, TILE)
@@ -197,7 +200,7 @@ def attend(
         row_sum = row_sum * rescale + tl.sum(probs, 1)
         row_max = new_max
         acc *= rescale[:, None]
-        v = load_tile(V, start_n, v_stride, ends[1], BLOCK_N, TILE, MASKED)
+        v = load_tile(V, start_n, v_stride, ends.n, BLOCK_N, TILE, MASKED)
         if dropout is not None:
             probs = drop(probs, dropout, start_m, start_n, v.dtype, TILE)
         acc = product(probs.to(v.dtype), v, TILE, acc)

@@ -11,10 +11,12 @@ import triton.language as tl
 from fastattn.kernels.attention_backward import score_gradients
 from fastattn.kernels.attention_forward import RUNTIME
 from fastattn.kernels.attention_tiles import (
-    bias_offset,
+    Ends,
+    Masks,
     dropout_of,
     length_of,
     load_tile,
+    pair_offset_of,
     rows_of,
     score_scale,
     statistics_offset,
@@ -33,7 +35,7 @@ def attention_mask_gradient_kernel(
     Delta,  # like RowShift
     dMask,  # [splits, B|1, heads|1, seqlen_q|1, seqlen_k|1]
     KeyMask,  # [B, seqlen_k] uint8 or float, or None
-    Bias,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
+    PairMask,  # [B|1, heads|1, seqlen_q|1, seqlen_k|1] uint8 or float, or None
     KeyLengths,  # [B] int32, or None
     QueryLengths,  # [B] int32, or None
     Seed,  # [1] int64, or None
@@ -44,8 +46,8 @@ def attention_mask_gradient_kernel(
     dmask_strides,  # all five, 0 where it broadcasts
     row_stride,  # of RowShift's second to last dimension
     key_stride,  # of KeyMask's batch
-    bias_strides,
-    bias_columns,
+    pair_strides,
+    pair_columns,
     batch,
     heads,
     seqlen_q,
@@ -101,14 +103,14 @@ def attention_mask_gradient_kernel(
         k = load_tile(k, start_n, k_strides[1], end_n, BLOCK_N, TILE, True)
         v = rows_of(V, v_strides, sequence, head, None, 0, TILE.UNIT)
         v = load_tile(v, start_n, v_strides[1], end_n, BLOCK_N, TILE, True)
-        offset = bias_offset(bias_strides, sequence, head, TILE)
+        offset = pair_offset_of(pair_strides, sequence, head, TILE)
         key_offset = sequence.to(tl.int64) * key_stride
-        masks = KeyMask, key_offset, Bias, offset, bias_strides[2], bias_columns
+        masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
         dropout = None
         if Seed is not None:
             dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
         rows = q, do, shift, delta
-        ends = end_m, end_n
+        ends = Ends(end_m, end_n)
         ds = score_gradients(rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, True)
         acc += ds * row_scale[:, None]
 

@@ -1,14 +1,8 @@
 """Device functions of the attention kernels: where rows lie, which keys count, what drops.
 
 Positions m of queries and n of keys count from the start of a sequence, whether the batch is padded
-or packed. What several functions take travels in tuples:
-
-    TILE     a Tile: what is known when a kernel is compiled
-    place    (CuSeqlens, sequence, batch, tokens, seqlen): a sequence, of how many; packed, of how
-             many rows in all, and how many of its own may count
-    masks    (KeyMask, offset; Bias, offset, row stride, columns), for one sequence and head; the
-             last two in BIAS_UNITs
-    dropout  (seed, counter words 2 and 3, threshold) of one sequence and head, or None
+or packed. What several functions take travels in named tuples: a Tile of what is known when a
+kernel is compiled, and those that a kernel makes in its first lines.
 """
 
 from __future__ import annotations
@@ -37,8 +31,54 @@ class Tile(NamedTuple):
     OWNS_ROW: bool  # a thread holds a row of a tile of scores (tensor memory), not rows m and m + 8
     WIDE: bool  # offsets inside a tile need 64 bits
     UNIT: int  # strides of rows count so many elements, which shows their alignment
-    BIAS_UNIT: int  # and those of the mask of pairs so many
-    BIAS_STRIDE: int  # between the columns of that mask: 1, or 0 where it broadcasts
+    PAIR_UNIT: int  # and those of the mask of pairs so many
+    PAIR_STRIDE: int  # between the columns of that mask: 1, or 0 where it broadcasts
+
+
+class Place(NamedTuple):
+    """A sequence in its batch."""
+
+    CuSeqlens: tl.tensor | None  # where it is packed
+    sequence: tl.tensor
+    batch: tl.tensor  # how many sequences there are
+    tokens: tl.tensor  # packed: how many rows there are in all
+    seqlen: tl.tensor  # how many of its own may count
+
+
+class Masks(NamedTuple):
+    """The masks of one sequence and head."""
+
+    KeyMask: tl.tensor | None
+    key_offset: tl.tensor
+    PairMask: tl.tensor | None
+    pair_offset: tl.tensor
+    row_stride: tl.tensor  # in PAIR_UNITs
+    columns: tl.tensor  # in PAIR_UNITs
+
+
+class Ends(NamedTuple):
+    """Where the rows of a sequence end."""
+
+    m: tl.tensor  # of the queries that count
+    n: tl.tensor  # of the keys that count
+    rows: tl.tensor | None = None  # of all queries, where one kernel writes all their gradients
+
+
+class Run(NamedTuple):
+    """Blocks of keys, one after the other."""
+
+    first_block: tl.tensor
+    flags: tl.tensor  # of those of a key mask: which of FLAGS blocks
+    count: tl.tensor
+
+
+class Dropout(NamedTuple):
+    """What decides the dropout of one sequence and head."""
+
+    seed: tl.tensor
+    sequence: tl.tensor  # counter word 2
+    site_and_head: tl.tensor  # counter word 3
+    threshold: tl.tensor
 
 
 @triton.constexpr_function
@@ -179,7 +219,7 @@ def store_rows(X, tile, start, stride, n_blocks, place, BLOCK: tl.constexpr, TIL
     """
     _, rows, _ = sequence_of(place)
     store_tile(X, tile, start, stride, rows, BLOCK, TILE)
-    if place[0] is not None:
+    if place.CuSeqlens is not None:
         zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], X.dtype.element_ty)
         for i in tl.range(1, tl.cdiv(rows - start, n_blocks * BLOCK)):
             store_tile(X, zeros, start + i * n_blocks * BLOCK, stride, rows, BLOCK, TILE)
@@ -210,7 +250,7 @@ def statistics_offset(stride, sequence, head, heads, CuSeqlens, first_row):
 
 @triton.jit
 def runs_of(masks, first_block, n_blocks, start_m, end, TILE: tl.constexpr):
-    """Two runs of blocks of keys, of those from ``first_block`` on: (first block, flags, count).
+    """Two runs of blocks of keys, of those from ``first_block`` on.
 
     The blocks of the first run count whole, for every query from ``start_m`` on and with nothing
     added. Of those of the second some key may not. With a key mask a run is of FLAGS blocks, and a
@@ -219,25 +259,27 @@ def runs_of(masks, first_block, n_blocks, start_m, end, TILE: tl.constexpr):
     whole = end // TILE.BLOCK_N - first_block
     if TILE.IS_CAUSAL:
         whole = tl.minimum(whole, (start_m + 1) // TILE.BLOCK_N - first_block)
-    if masks[2] is not None:
+    if masks.PairMask is not None:
         whole *= 0
-    if masks[0] is not None:
-        some, every = block_flags(masks[0] + masks[1], first_block, end, TILE.BLOCK_N)
+    if masks.KeyMask is not None:
+        some, every = block_flags(masks.KeyMask + masks.key_offset, first_block, end, TILE.BLOCK_N)
         whole = tl.minimum(tl.maximum(whole, 0), FLAGS).to(tl.uint64)
         every &= ((tl.full([], 1, tl.uint64) << whole) - 1).to(tl.uint32)
         rest = some ^ (some & every)
-        return (first_block, every, bit_count(every)), (first_block, rest, bit_count(rest))
+        of_whole = Run(first_block, every, bit_count(every))
+        return of_whole, Run(first_block, rest, bit_count(rest))
     else:
         none = tl.full([], 0, tl.uint32)
-        return (first_block, none, whole), (first_block + whole, none, n_blocks - whole)
+        rest = Run(first_block + whole, none, n_blocks - whole)
+        return Run(first_block, none, whole), rest
 
 
 @triton.jit
 def start_of(run, i, flags, masks, BLOCK_N: tl.constexpr):
     """The first key of block number i of a run, whose first i flags are gone."""
-    if masks[0] is not None:
+    if masks.KeyMask is not None:
         i = lowest(flags)
-    return (run[0] + i) * BLOCK_N
+    return (run.first_block + i) * BLOCK_N
 
 
 @triton.jit
@@ -306,22 +348,22 @@ def apply_mask(scores, mask):
 
 
 @triton.jit
-def bias_offset(bias_strides, sequence, head, TILE: tl.constexpr):
+def pair_offset_of(pair_strides, sequence, head, TILE: tl.constexpr):
     """Where the matrix of a sequence and head lies in a (B|1, H|1, Sq|1, Sk|1) mask."""
-    offset = sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
-    return offset * TILE.BIAS_UNIT
+    offset = sequence.to(tl.int64) * pair_strides[0] + head.to(tl.int64) * pair_strides[1]
+    return offset * TILE.PAIR_UNIT
 
 
 @triton.jit
 def masked(scores, masks, start_m, start_n, ends, TILE: tl.constexpr):
     """A tile of scores under every mask, -inf where a key does not count."""
-    KeyMask = masks[0]
     scores = masked_pairs(scores, masks, start_m, start_n, ends, TILE, False)
     n = start_n + tl.arange(0, TILE.BLOCK_N)[None, :]
-    if KeyMask is not None:
-        key_mask = load_mask(KeyMask + masks[1] + n, n < ends[1], TILE.BLOCK_N)
+    if masks.KeyMask is not None:
+        pointers = masks.KeyMask + masks.key_offset + n
+        key_mask = load_mask(pointers, n < ends.n, TILE.BLOCK_N)
         scores = apply_mask(scores, key_mask)
-    return tl.where(n < ends[1], scores, float("-inf"))
+    return tl.where(n < ends.n, scores, float("-inf"))
 
 
 @triton.jit
@@ -329,7 +371,6 @@ def masked_pairs(
     scores, masks, start_m, start_n, ends, TILE: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
     """A tile of scores, [BLOCK_M, BLOCK_N] or TRANSPOSED, under the masks of pairs alone."""
-    _, _, Bias, offset, row_stride, columns = masks
     m, n = tl.arange(0, TILE.BLOCK_M), tl.arange(0, TILE.BLOCK_N)
     if TRANSPOSED:
         m, n = m[None, :], n[:, None]
@@ -337,11 +378,13 @@ def masked_pairs(
         m, n = m[:, None], n[None, :]
     if TILE.WIDE:
         m = m.to(tl.int64)
-    if Bias is not None:
-        UNIT: tl.constexpr = TILE.BIAS_UNIT
-        offset += start_m.to(tl.int64) * row_stride * UNIT + start_n * TILE.BIAS_STRIDE
-        exists = (start_m + m < ends[0]) & (start_n + n < columns * UNIT)
-        pointers = Bias + offset + (m * (row_stride * UNIT) + n * TILE.BIAS_STRIDE)
+    if masks.PairMask is not None:
+        UNIT: tl.constexpr = TILE.PAIR_UNIT
+        offset = masks.pair_offset
+        offset += start_m.to(tl.int64) * masks.row_stride * UNIT + start_n * TILE.PAIR_STRIDE
+        exists = (start_m + m < ends.m) & (start_n + n < masks.columns * UNIT)
+        inside = m * (masks.row_stride * UNIT) + n * TILE.PAIR_STRIDE
+        pointers = masks.PairMask + offset + inside
         DEPTH: tl.constexpr = TILE.BLOCK_M if TRANSPOSED else TILE.BLOCK_N
         scores = apply_mask(scores, load_mask(pointers, exists, DEPTH))
     if TILE.IS_CAUSAL:
@@ -354,9 +397,8 @@ def masked_pairs(
 
 @triton.jit
 def dropout_of(Seed, site, head, sequence, threshold):
-    """What decides the dropout of one sequence and head."""
     site_and_head = site.to(tl.uint32) * HEADS + head.to(tl.uint32)
-    return tl.load(Seed), sequence.to(tl.uint32), site_and_head, threshold.to(tl.uint32)
+    return Dropout(tl.load(Seed), sequence.to(tl.uint32), site_and_head, threshold.to(tl.uint32))
 
 
 @triton.jit
@@ -404,7 +446,7 @@ def interleave_rows(upper, lower, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def kept(dropout, start_m, start_n, TILE: tl.constexpr):
     """Which scores of a tile are kept: column n is decided by half n % 2 of its word."""
     words = drop_words(dropout, start_m, start_n, TILE)
-    return is_kept(words, tl.arange(0, TILE.BLOCK_N)[None, :], dropout[3])
+    return is_kept(words, tl.arange(0, TILE.BLOCK_N)[None, :], dropout.threshold)
 
 
 @triton.jit
@@ -433,7 +475,7 @@ def drop(probs, dropout, start_m, start_n, dtype: tl.constexpr, TILE: tl.constex
             and.b32 $0, $1, lanes;
             }""",
             "=r,r,r,r,r,r",
-            [probs, words, dropout[3] * 0x10001],
+            [probs, words, dropout.threshold * 0x10001],
             dtype=probs.dtype,
             is_pure=True,
             pack=2,

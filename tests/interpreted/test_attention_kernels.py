@@ -760,7 +760,7 @@ def test_masks_are_read_where_they_are(
     launches.clear()
     helpers.assert_same(helpers.results_of(partial(ours, **masks), make_qkv(inputs)), expected)
     for _, arguments in launches:
-        assert arguments["Bias"].data_ptr() == mask.data_ptr()
+        assert arguments["PairMask"].data_ptr() == mask.data_ptr()
         assert arguments["KeyMask"].data_ptr() == padding.data_ptr()
     assert names(launches) == ["forward", "query_gradient", "key_gradient"]
 
@@ -773,7 +773,7 @@ def test_a_mask_of_strided_columns_is_copied_as_small_as_it_is(launches: list[La
     expanded = mask.t().expand(2, 3, 33, 21)
     helpers.assert_same(helpers.results_of(partial(ours, attn_mask=expanded), inputs), expected)
     for _, arguments in launches:
-        assert arguments["Bias"].untyped_storage().nbytes() == mask.nbytes
+        assert arguments["PairMask"].untyped_storage().nbytes() == mask.nbytes
 
 
 def test_no_features_leave_masks_without_gradients() -> None:
