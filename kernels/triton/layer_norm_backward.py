@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
+    Dropout,
+    Rows,
     block_rows,
     chunk_columns,
     dropout_multiplier,
+    load_rows,
     load_vector,
-    narrow,
     own_sum,
     own_zeros,
     row_dropout,
-    row_pointers,
     row_sums,
+    store_tile,
     widen,
     zeros,
 )
@@ -33,33 +37,40 @@ RUNTIME = [
 ]
 
 
-@triton.jit
-def load_rows(Rows, row, stride, column, mask, TILE: tl.constexpr):
-    return tl.load(row_pointers(Rows, row, stride, TILE) + column, mask=mask, other=0.0)
+class Inputs(NamedTuple):
+    """What a norm's backward reads."""
+
+    d_out: Rows  # gradients of the result and of its copy: one of the two is there
+    d_copy: Rows
+    d_total: Rows  # gradient of the sum
+    saved: Rows  # the sum or the result
+
+
+class Affine(NamedTuple):
+    """A chunk of the affine map. What is absent is a constant, which costs nothing."""
+
+    weight: tl.tensor
+    inverse: tl.tensor  # 1 / weight, where xhat is made from the result
+    bias: tl.tensor  # likewise
 
 
 @triton.jit
-def load_gradient(
-    dOut, dCopy, row, d_out_stride, d_copy_stride, column, mask, dtype: tl.constexpr, TILE
-):
-    """What flows into the result and its copy together; one of the two may be absent."""
-    if dOut is None:
-        return widen(load_rows(dCopy, row, d_copy_stride, column, mask, TILE), dtype)
+def load_gradient(inputs, row, column, mask, dtype: tl.constexpr, TILE: tl.constexpr):
+    """What flows into the result and its copy together."""
+    of_out = load_rows(inputs.d_out, row, column, mask, TILE)
+    of_copy = load_rows(inputs.d_copy, row, column, mask, TILE)
+    if of_out is None:
+        return widen(of_copy, dtype)
+    elif of_copy is None:
+        return widen(of_out, dtype)
     else:
-        gradient = widen(load_rows(dOut, row, d_out_stride, column, mask, TILE), dtype)
-        if dCopy is not None:
-            gradient += widen(load_rows(dCopy, row, d_copy_stride, column, mask, TILE), dtype)
-        return gradient
+        return widen(of_out, dtype) + widen(of_copy, dtype)
 
 
 @triton.jit
-def affine_tiles(
+def load_affine(
     Weight, Bias, column, columns, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr, TILE
 ):
-    """weight, 1 / weight and bias of a chunk; only the way back from the result needs the others.
-
-    What is absent is a constant, which costs nothing.
-    """
     one = zeros(dtype, TILE) + 1.0
     weight, inverse, bias = one, one, zeros(dtype, TILE)
     if Weight is not None:
@@ -68,14 +79,14 @@ def affine_tiles(
             inverse = 1.0 / weight
     if FROM_OUTPUT and Bias is not None:
         bias = load_vector(Bias, column, columns, 0.0, dtype, TILE)
-    return weight, inverse, bias
+    return Affine(weight, inverse, bias)
 
 
 @triton.jit
 def normalised(saved, mean, rstd, affine, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr):
     """xhat, from the sum or from the result."""
     if FROM_OUTPUT:
-        return (widen(saved, dtype) - affine[2]) * affine[1]
+        return (widen(saved, dtype) - affine.bias) * affine.inverse
     else:
         return (widen(saved, dtype) - mean) * rstd
 
@@ -87,12 +98,6 @@ def input_gradient(weighted, xhat, rstd, common, slope, TILE: tl.constexpr):
     if TILE.COLUMNS == 1:
         d_sum *= 0.0  # what is left of a cancellation that a fused multiply-add rounds once
     return d_sum
-
-
-@triton.jit
-def sum_rows(tile):
-    """The sum of the rows of a tile, as one row [SLICES, WIDTH, 1, LANES]."""
-    return tl.sum(tile, 2, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -134,6 +139,12 @@ def layer_norm_backward_kernel(
     and writes these sums as one row of the parts.
     """
     dtype: tl.constexpr = Rstd.dtype.element_ty
+    inputs = Inputs(
+        Rows(dOut, d_out_stride),
+        Rows(dCopy, d_copy_stride),
+        Rows(dTotal, d_total_stride),
+        Rows(Saved, saved_stride),
+    )
     CHUNKS: tl.constexpr = TILE.CHUNKS
     d_weights, d_biases, d_x_biases = (), (), ()
     # A thread has too few registers to keep parameters in, where lanes are many or types wide; with
@@ -147,11 +158,11 @@ def layer_norm_backward_kernel(
         d_x_biases += (zeros(dtype, TILE),)
         if in_registers:
             column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-            affines += (affine_tiles(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE),)
+            affines += (load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE),)
 
-    seed = None
+    dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
+        dropout = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
     blocks = tl.cdiv(n_rows, TILE.ROWS)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=stages):
         row, row_mask = block_rows(block, n_rows, TILE)
@@ -159,31 +170,15 @@ def layer_norm_backward_kernel(
         for c in tl.static_range(CHUNKS):
             column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
             mask = row_mask & columns
-            saved_tiles += (load_rows(Saved, row, saved_stride, column, mask, TILE),)
-            gradient = load_gradient(
-                dOut, dCopy, row, d_out_stride, d_copy_stride, column, mask, dtype, TILE
-            )
-            gradients += (gradient,)
+            saved_tiles += (load_rows(inputs.saved, row, column, mask, TILE),)
+            gradients += (load_gradient(inputs, row, column, mask, dtype, TILE),)
             if dTotal is not None:
-                totals += (load_rows(dTotal, row, d_total_stride, column, mask, TILE),)
+                totals += (load_rows(inputs.d_total, row, column, mask, TILE),)
         mean = 0.0
         if not FROM_OUTPUT:
             mean = tl.load(Mean + row, mask=row_mask, other=0.0)
         rstd = tl.load(Rstd + row, mask=row_mask, other=0.0)
-        dropout = None
-        if Seed is not None:
-            dropout = row_dropout(
-                seed,
-                RowIndex,
-                row,
-                row_mask,
-                site,
-                threshold,
-                scale,
-                row_period,
-                BATCH_FIRST,
-                dtype,
-            )
+        of_rows = row_dropout(dropout, row, row_mask, dtype)
 
         xhats = ()
         weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
@@ -192,9 +187,9 @@ def layer_norm_backward_kernel(
             if in_registers:
                 affine = affines[c]
             else:
-                affine = affine_tiles(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
+                affine = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
             xhats += (normalised(saved_tiles[c], mean, rstd, affine, FROM_OUTPUT, dtype),)
-            weighted = gradients[c] * affine[0]
+            weighted = gradients[c] * affine.weight
             weighted_sum += own_sum(weighted)
             projected_sum += own_sum(weighted * xhats[c])
         weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
@@ -207,20 +202,16 @@ def layer_norm_backward_kernel(
             if in_registers:
                 affine = affines[c]
             else:
-                affine = affine_tiles(Weight, Bias, column, columns, False, dtype, TILE)
-            d_sum = input_gradient(gradients[c] * affine[0], xhats[c], rstd, common, slope, TILE)
+                affine = load_affine(Weight, Bias, column, columns, False, dtype, TILE)
+            weighted = gradients[c] * affine.weight
+            d_sum = input_gradient(weighted, xhats[c], rstd, common, slope, TILE)
             if dTotal is not None:
                 d_sum += widen(totals[c], dtype)
             d_branch = d_sum
-            if dropout is not None:
-                d_branch *= dropout_multiplier(dropout, c, TILE)
-            place = row * TILE.COLUMNS + column
-            if dSum is not None:
-                d_sum = narrow(d_sum, dSum.dtype.element_ty)
-                tl.store(dSum + place, d_sum, mask=row_mask & columns)
-            if dBranch is not None:
-                narrowed = narrow(d_branch, dBranch.dtype.element_ty)
-                tl.store(dBranch + place, narrowed, mask=row_mask & columns)
+            if of_rows is not None:
+                d_branch *= dropout_multiplier(of_rows, c, TILE)
+            store_tile(dSum, d_sum, row, column, row_mask & columns, TILE)
+            store_tile(dBranch, d_branch, row, column, row_mask & columns, TILE)
             new_d_weights += (d_weights[c] + gradients[c] * xhats[c],)
             new_d_biases += (d_biases[c] + gradients[c],)
             new_d_x_biases += (d_x_biases[c] + d_branch,)
@@ -228,20 +219,26 @@ def layer_norm_backward_kernel(
 
     for c in tl.static_range(CHUNKS):
         column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-        place = tl.program_id(0).to(tl.int64) * TILE.COLUMNS + column
-        if dWeightParts is not None:
-            tl.store(dWeightParts + place, sum_rows(d_weights[c]), mask=columns)
-        if dBiasParts is not None:
-            tl.store(dBiasParts + place, sum_rows(d_biases[c]), mask=columns)
-        if dXBiasParts is not None:
-            tl.store(dXBiasParts + place, sum_rows(d_x_biases[c]), mask=columns)
+        store_part(dWeightParts, d_weights[c], column, columns, TILE)
+        store_part(dBiasParts, d_biases[c], column, columns, TILE)
+        store_part(dXBiasParts, d_x_biases[c], column, columns, TILE)
 
 
 @triton.jit
-def add_to_part(Parts, value, place, columns, is_first):
-    """Add to a part in memory, which the first row of a program begins."""
-    before = tl.load(Parts + place, mask=columns & ~is_first, other=0.0)
-    tl.store(Parts + place, before + value, mask=columns)
+def store_part(Parts, tile, column, columns, TILE: tl.constexpr):
+    """Write the sum of a tile's rows to the program's row of the parts, where it is wanted."""
+    if Parts is not None:
+        place = tl.program_id(0).to(tl.int64) * TILE.COLUMNS + column
+        tl.store(Parts + place, tl.sum(tile, 2, keep_dims=True), mask=columns)
+
+
+@triton.jit
+def add_to_part(Parts, tile, column, columns, is_first, TILE: tl.constexpr):
+    """Add a row to the program's row of the parts, which its first one begins."""
+    if Parts is not None:
+        place = tl.program_id(0).to(tl.int64) * TILE.COLUMNS + column
+        before = tl.load(Parts + place, mask=columns & ~is_first, other=0.0)
+        tl.store(Parts + place, before + tile, mask=columns)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -279,39 +276,30 @@ def layer_norm_wide_backward_kernel(
     Each row is read twice, and the sums of columns lie in the program's own row of the parts.
     """
     dtype: tl.constexpr = Rstd.dtype.element_ty
-    seed = None
+    inputs = Inputs(
+        Rows(dOut, d_out_stride),
+        Rows(dCopy, d_copy_stride),
+        Rows(dTotal, d_total_stride),
+        Rows(Saved, saved_stride),
+    )
+    dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
+        dropout = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
     for block in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mean = 0.0
         if not FROM_OUTPUT:
             mean = tl.load(Mean + row)
         rstd = tl.load(Rstd + row)
-        dropout = None
-        if Seed is not None:
-            dropout = row_dropout(
-                seed,
-                RowIndex,
-                row,
-                row_mask,
-                site,
-                threshold,
-                scale,
-                row_period,
-                BATCH_FIRST,
-                dtype,
-            )
+        of_rows = row_dropout(dropout, row, row_mask, dtype)
         weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
         for c in range(TILE.CHUNKS):
             column, columns = chunk_columns(c, True, TILE)
-            gradient = load_gradient(
-                dOut, dCopy, row, d_out_stride, d_copy_stride, column, columns, dtype, TILE
-            )
-            saved = load_rows(Saved, row, saved_stride, column, columns, TILE)
-            affine = affine_tiles(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
+            gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
+            saved = load_rows(inputs.saved, row, column, columns, TILE)
+            affine = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
             xhat = normalised(saved, mean, rstd, affine, FROM_OUTPUT, dtype)
-            weighted = gradient * affine[0]
+            weighted = gradient * affine.weight
             weighted_sum += own_sum(weighted)
             projected_sum += own_sum(weighted * xhat)
         weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
@@ -320,32 +308,24 @@ def layer_norm_wide_backward_kernel(
 
         for c in range(TILE.CHUNKS):
             column, columns = chunk_columns(c, True, TILE)
-            gradient = load_gradient(
-                dOut, dCopy, row, d_out_stride, d_copy_stride, column, columns, dtype, TILE
-            )
-            saved = load_rows(Saved, row, saved_stride, column, columns, TILE)
-            affine = affine_tiles(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
+            gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
+            saved = load_rows(inputs.saved, row, column, columns, TILE)
+            affine = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
             xhat = normalised(saved, mean, rstd, affine, FROM_OUTPUT, dtype)
-            weighted = gradient * affine[0]
+            weighted = gradient * affine.weight
             d_sum = input_gradient(weighted, xhat, rstd, common, slope, TILE)
-            if dTotal is not None:
-                d_sum += widen(load_rows(dTotal, row, d_total_stride, column, columns, TILE), dtype)
+            total = load_rows(inputs.d_total, row, column, columns, TILE)
+            if total is not None:
+                d_sum += widen(total, dtype)
             d_branch = d_sum
-            if dropout is not None:
-                d_branch *= dropout_multiplier(dropout, c, TILE)
-            place = row * TILE.COLUMNS + column
-            if dSum is not None:
-                tl.store(dSum + place, narrow(d_sum, dSum.dtype.element_ty), mask=columns)
-            if dBranch is not None:
-                tl.store(dBranch + place, narrow(d_branch, dBranch.dtype.element_ty), mask=columns)
-            part = tl.program_id(0).to(tl.int64) * TILE.COLUMNS + column
+            if of_rows is not None:
+                d_branch *= dropout_multiplier(of_rows, c, TILE)
+            store_tile(dSum, d_sum, row, column, columns, TILE)
+            store_tile(dBranch, d_branch, row, column, columns, TILE)
             is_first = block == tl.program_id(0)
-            if dWeightParts is not None:
-                add_to_part(dWeightParts, gradient * xhat, part, columns, is_first)
-            if dBiasParts is not None:
-                add_to_part(dBiasParts, gradient, part, columns, is_first)
-            if dXBiasParts is not None:
-                add_to_part(dXBiasParts, d_branch, part, columns, is_first)
+            add_to_part(dWeightParts, gradient * xhat, column, columns, is_first, TILE)
+            add_to_part(dBiasParts, gradient, column, columns, is_first, TILE)
+            add_to_part(dXBiasParts, d_branch, column, columns, is_first, TILE)
         tl.debug_barrier()  # what one thread wrote to the parts, another may read
 
 
@@ -375,37 +355,19 @@ def dropout_add_backward_kernel(
     chunk = tl.program_id(1)
     column, columns = chunk_columns(chunk, True, TILE)
     d_x_bias = zeros(dtype, TILE)
-    seed = None
+    dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
+        dropout = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, TILE.ROWS), tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mask = row_mask & columns
-        total = load_rows(dTotal, row, d_total_stride, column, mask, TILE)
-        dropout = None
-        if Seed is not None:
-            dropout = row_dropout(
-                seed,
-                RowIndex,
-                row,
-                row_mask,
-                site,
-                threshold,
-                scale,
-                row_period,
-                BATCH_FIRST,
-                dtype,
-            )
+        total = load_rows(Rows(dTotal, d_total_stride), row, column, mask, TILE)
+        of_rows = row_dropout(dropout, row, row_mask, dtype)
         d_sum = widen(total, dtype)
         d_branch = d_sum
-        if dropout is not None:
-            d_branch *= dropout_multiplier(dropout, chunk, TILE)
-        place = row * TILE.COLUMNS + column
-        if dSum is not None:
-            tl.store(dSum + place, narrow(d_sum, dSum.dtype.element_ty), mask=mask)
-        if dBranch is not None:
-            tl.store(dBranch + place, narrow(d_branch, dBranch.dtype.element_ty), mask=mask)
+        if of_rows is not None:
+            d_branch *= dropout_multiplier(of_rows, chunk, TILE)
+        store_tile(dSum, d_sum, row, column, mask, TILE)
+        store_tile(dBranch, d_branch, row, column, mask, TILE)
         d_x_bias += d_branch
-    if dXBiasParts is not None:
-        place = tl.program_id(0).to(tl.int64) * TILE.COLUMNS + column
-        tl.store(dXBiasParts + place, sum_rows(d_x_bias), mask=columns)
+    store_part(dXBiasParts, d_x_bias, column, columns, TILE)

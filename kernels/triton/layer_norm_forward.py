@@ -9,16 +9,19 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
+    Dropout,
+    Rows,
     block_rows,
     chunk_columns,
     dropout_multiplier,
+    load_rows,
     load_vector,
     narrow,
     own_sum,
     own_zeros,
     row_dropout,
-    row_pointers,
     row_sum,
+    store_tile,
     widen,
 )
 
@@ -93,20 +96,17 @@ def layer_norm_forward_kernel(
     dtype: tl.constexpr = Mean.dtype.element_ty
     CHUNKS: tl.constexpr = TILE.CHUNKS
     row, row_mask = block_rows(tl.program_id(0), n_rows, TILE)
-    x_rows = row_pointers(X, row, x_stride, TILE)
+    x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
     x_tiles, residual_tiles = (), ()
     for c in tl.static_range(CHUNKS):
         column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-        x_tiles += (tl.load(x_rows + column, mask=row_mask & columns, other=0.0),)
+        x_tiles += (load_rows(x_rows, row, column, row_mask & columns, TILE),)
         if Residual is not None:
-            tile = row_pointers(Residual, row, residual_stride, TILE) + column
-            residual_tiles += (tl.load(tile, mask=row_mask & columns, other=0.0),)
+            residual_tiles += (load_rows(residual_rows, row, column, row_mask & columns, TILE),)
     dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
-        dropout = row_dropout(
-            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
-        )
+        of_call = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        dropout = row_dropout(of_call, row, row_mask, dtype)
 
     sums = ()
     total = own_zeros(dtype, TILE)
@@ -134,10 +134,8 @@ def layer_norm_forward_kernel(
     for c in tl.static_range(CHUNKS):
         column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
         y = affine((sums[c] - mean) * rstd, Weight, Bias, column, columns, dtype, TILE)
-        place = row * TILE.COLUMNS + column
-        tl.store(Out + place, narrow(y, Out.dtype.element_ty), mask=row_mask & columns)
-        if Copy is not None:
-            tl.store(Copy + place, narrow(y, Copy.dtype.element_ty), mask=row_mask & columns)
+        store_tile(Out, y, row, column, row_mask & columns, TILE)
+        store_tile(Copy, y, row, column, row_mask & columns, TILE)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -173,22 +171,17 @@ def layer_norm_wide_forward_kernel(
     """
     dtype: tl.constexpr = Mean.dtype.element_ty
     row, row_mask = block_rows(tl.program_id(0), n_rows, TILE)
-    x_rows = row_pointers(X, row, x_stride, TILE)
+    x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
     dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
-        dropout = row_dropout(
-            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
-        )
+        of_call = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        dropout = row_dropout(of_call, row, row_mask, dtype)
     mean = tl.zeros([1, 1, 1, 1], dtype)
     squares = tl.zeros([1, 1, 1, 1], dtype)
     for c in range(TILE.CHUNKS):
         column, columns = chunk_columns(c, True, TILE)
-        residual = None
-        if Residual is not None:
-            tile = row_pointers(Residual, row, residual_stride, TILE) + column
-            residual = tl.load(tile, mask=columns, other=0.0)
-        x = tl.load(x_rows + column, mask=columns, other=0.0)
+        residual = load_rows(residual_rows, row, column, columns, TILE)
+        x = load_rows(x_rows, row, column, columns, TILE)
         rounded = rounded_sum(
             x, residual, XBias, dropout, c, column, columns, SUM_TYPE, dtype, TILE
         )
@@ -209,20 +202,15 @@ def layer_norm_wide_forward_kernel(
 
     for c in range(TILE.CHUNKS):
         column, columns = chunk_columns(c, True, TILE)
-        residual = None
-        if Residual is not None:
-            tile = row_pointers(Residual, row, residual_stride, TILE) + column
-            residual = tl.load(tile, mask=columns, other=0.0)
-        x = tl.load(x_rows + column, mask=columns, other=0.0)
+        residual = load_rows(residual_rows, row, column, columns, TILE)
+        x = load_rows(x_rows, row, column, columns, TILE)
         rounded = rounded_sum(
             x, residual, XBias, dropout, c, column, columns, SUM_TYPE, dtype, TILE
         )
         xhat = (widen(rounded, dtype) - mean) * rstd
         y = affine(xhat, Weight, Bias, column, columns, dtype, TILE)
-        place = row * TILE.COLUMNS + column
-        tl.store(Out + place, narrow(y, Out.dtype.element_ty), mask=columns)
-        if Copy is not None:
-            tl.store(Copy + place, narrow(y, Copy.dtype.element_ty), mask=columns)
+        store_tile(Out, y, row, column, columns, TILE)
+        store_tile(Copy, y, row, column, columns, TILE)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -250,17 +238,12 @@ def dropout_add_forward_kernel(
     row, row_mask = block_rows(tl.program_id(0), n_rows, TILE)
     column, columns = chunk_columns(chunk, True, TILE)
     mask = row_mask & columns
-    x = tl.load(row_pointers(X, row, x_stride, TILE) + column, mask=mask, other=0.0)
-    residual = None
-    if Residual is not None:
-        tile = row_pointers(Residual, row, residual_stride, TILE) + column
-        residual = tl.load(tile, mask=mask, other=0.0)
+    x = load_rows(Rows(X, x_stride), row, column, mask, TILE)
+    residual = load_rows(Rows(Residual, residual_stride), row, column, mask, TILE)
     dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
-        dropout = row_dropout(
-            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
-        )
+        of_call = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        dropout = row_dropout(of_call, row, row_mask, dtype)
     rounded = rounded_sum(
         x, residual, XBias, dropout, chunk, column, columns, sum_type, dtype, TILE
     )

@@ -69,10 +69,29 @@ def chunk_columns(chunk, MAYBE_LAST: tl.constexpr, TILE: tl.constexpr):
         return column, tl.full(column.shape, True, tl.int1)
 
 
+class Rows(NamedTuple):
+    """A (rows, columns) tensor."""
+
+    X: tl.tensor | None  # None: there is none
+    stride: tl.tensor  # from row to row, in WIDTHs, which shows their alignment
+
+
 @triton.jit
-def row_pointers(Rows, row, stride, TILE: tl.constexpr):
-    """Where rows begin that are ``stride`` * WIDTH apart, which shows their alignment."""
-    return Rows + row * (stride.to(tl.int64) * TILE.WIDTH)
+def load_rows(rows, row, column, mask, TILE: tl.constexpr):
+    """A tile, [SLICES, WIDTH, ROWS, LANES], zero outside of ``mask``; None where there is none."""
+    if rows.X is None:
+        return None
+    else:
+        pointers = rows.X + row * (rows.stride.to(tl.int64) * TILE.WIDTH) + column
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(X, tile, row, column, mask, TILE: tl.constexpr):
+    """Write a tile, rounded, to a contiguous tensor; nothing where there is none."""
+    if X is not None:
+        place = row * TILE.COLUMNS + column
+        tl.store(X + place, narrow(tile, X.dtype.element_ty), mask=mask)
 
 
 # --------------------------------------------------------------------------- values and sums
@@ -147,22 +166,40 @@ def row_sums(a, b):
 # -------------------------------------------------------------------------------------- dropout
 
 
+class Dropout(NamedTuple):
+    """What decides the dropout of a call, as a kernel was told."""
+
+    seed: tl.tensor
+    RowIndex: tl.tensor | None
+    site: tl.tensor
+    threshold: tl.tensor
+    scale: tl.tensor
+    row_period: tl.tensor
+    BATCH_FIRST: tl.constexpr
+
+
+class RowDropout(NamedTuple):
+    """What decides the dropout of rows."""
+
+    seed: tl.tensor
+    site: tl.tensor
+    position: tl.tensor
+    sequence: tl.tensor
+    threshold: tl.tensor
+    scale: tl.tensor
+
+
 @triton.jit
-def row_dropout(
-    seed,
-    RowIndex,
-    row,
-    row_mask,
-    site,
-    threshold,
-    scale,
-    row_period,
-    BATCH_FIRST: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """What :func:`dropout_multiplier` asks about rows."""
-    position, sequence = token_coordinates(row, row_mask, RowIndex, row_period, BATCH_FIRST)
-    return seed, site, position, sequence, threshold, tl.full([], scale, dtype)
+def row_dropout(dropout, row, row_mask, dtype: tl.constexpr):
+    """What :func:`dropout_multiplier` asks about rows; None where nothing drops."""
+    if dropout is None:
+        return None
+    else:
+        position, sequence = token_coordinates(
+            row, row_mask, dropout.RowIndex, dropout.row_period, dropout.BATCH_FIRST
+        )
+        scale = tl.full([], dropout.scale, dtype)
+        return RowDropout(dropout.seed, dropout.site, position, sequence, dropout.threshold, scale)
 
 
 @triton.jit
