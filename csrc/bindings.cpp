@@ -1,5 +1,5 @@
 // The Python module fastattn._C: raw pointers in, nothing out. It knows no torch, so it survives an
-// upgrade of torch and builds where torch is not installed; fastattn/extension.py checks arguments.
+// upgrade of torch and builds where torch is not installed; fastattn/extension/ checks arguments.
 #include <pybind11/pybind11.h>
 
 #include <tuple>
