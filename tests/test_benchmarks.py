@@ -677,6 +677,18 @@ def test_table_prints_markdown_and_writes_it_into_documents(tmp_path, capsys, re
     assert document.read_text() == "no place"
 
 
+def test_a_document_may_show_an_excerpt(results):
+    asked = "<!-- results:start encoder_layer layer_norm mode=training-step rows=1 -->"
+    excerpt = report.Excerpt.asked_for(asked)
+    assert excerpt == (["encoder_layer", "layer_norm"], "training step", 1)
+    whole = report.markdown(results, "file.json").splitlines()
+    shown = report.markdown(results, "file.json", excerpt).splitlines()
+    (row,) = (line for line in shown if "| training step |" in line)
+    assert row in whole and [line for line in whole if line in shown] == shown
+    assert len(whole) == len(shown) + len(MODES) - 1
+    assert report.Excerpt.asked_for("<!-- results:start -->") == (None, None, None)
+
+
 def test_compare_exits_with_one_on_a_regression(tmp_path, capsys, results):
     def with_ours_at(milliseconds: float) -> Path:
         copy = json.loads(json.dumps(results))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import pickle
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastattn
 from fastattn.arguments import AttentionArguments, AttentionDropout, TokenDropout
 from fastattn.ops import (
     bias_activation_dropout,
@@ -84,6 +86,16 @@ def test_one_call_goes_up() -> None:
         if "torch.ops.fastattn" in path.read_text(encoding="utf-8") and place(module) < (4, "")
     ]
     assert up == ["fastattn.arguments"]
+
+
+def test_pickles_name_public_classes_by_the_package() -> None:
+    """So that they are found again when the code has moved."""
+    classes = [x for x in map(fastattn.__dict__.get, fastattn.__all__) if isinstance(x, type)]
+    assert classes == [fastattn.FusedEncoderLayer, fastattn.FusedLayerNorm]
+    for kind in classes:
+        dumped = pickle.dumps(kind, protocol=0).decode()
+        assert dumped.startswith(f"cfastattn\n{kind.__name__}\n")
+        assert pickle.loads(dumped.encode()) is kind
 
 
 #: What every op's implementation takes as one tuple, by a name for each field.
