@@ -327,6 +327,8 @@ def _markdown_table(op: str, cases: list[tuple[dict, list[dict]]], excerpt: Exce
             memory = [_memory_cell(baseline, ours, f"{kind}_bytes") for kind in ("peak", "saved")]
             cells = [case["name"], mode, *([launch] if launches else []), *times, *memory]
             lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        raise ResultsError(f"no row of {op} is of mode={excerpt.mode}")
     return [f"**`{op}`**", "", *head, *lines[: excerpt.rows]]
 
 

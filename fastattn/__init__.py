@@ -14,8 +14,7 @@ from fastattn.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.layer_norm import layer_norm
 from fastattn.tuning import tune
-
-__version__ = "0.1.0.dev0"
+from fastattn.version import __version__ as __version__
 
 __all__ = [
     "FusedEncoderLayer",

@@ -142,7 +142,7 @@ class AttentionArguments(NamedTuple):
         return self.key_padding_mask, self.attn_mask
 
     @property
-    def is_dense(self) -> bool:
+    def is_unmasked(self) -> bool:
         """Whether every query may attend to every key, but for ``is_causal``."""
         return (
             self.key_padding_mask is None
@@ -195,15 +195,15 @@ class NormArguments(NamedTuple):
 NORM_ARGUMENTS = "Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype"
 
 
-def options_of(op: str, *fields: str | type) -> type:
+def options_of(name: str, *fields: str | type) -> type:
     """A named tuple of what an op takes besides its tensors, by the names of its schema.
 
     Args:
-        op: the name of the tuple.
+        name: of the tuple.
         fields: names; in place of a named tuple stand its own.
     """
     names = [[field] if isinstance(field, str) else field._fields for field in fields]
-    return namedtuple(op, itertools.chain(*names))
+    return namedtuple(name, itertools.chain(*names))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -260,7 +260,7 @@ def check_seed(seed: Tensor) -> Tensor:
     return seed
 
 
-def draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device | str) -> Tensor:
     """One seed on ``device`` from torch's own generator: (1,) int64.
 
     It follows ``torch.manual_seed``, activation checkpointing and CUDA graphs, and stays on the
@@ -269,6 +269,7 @@ def draw_seed(device: torch.device) -> Tensor:
     :mod:`fastattn.pytorch.dropout_factor`), an order of magnitude faster there than Philox in
     tensor operations; but not what ``torch.jit.trace`` records, which always follows the contract.
     """
+    device = torch.device(device)
     seed = torch.randint(2**63 - 1, (1,), device=device)
     if device.type == "cpu" and not tracing.traced():
         if dispatch.why_not("dropout_factor", "cpu", device) is not None:

@@ -57,7 +57,7 @@ _table: dict[tuple, tuple[bool, str]] = {}
 
 
 def load(path: str | os.PathLike[str]) -> list[Entry]:
-    """Take the measurements of a file that :func:`tune` wrote, for this process.
+    """Take the measurements of a file that :func:`fastattn.tune` wrote, for this process.
 
     Raises:
         OSError: the file cannot be read.

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import statistics
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from fastattn import dispatch, tuned
 from fastattn.ops.bias_activation_dropout import check_activation
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.tuned import ANCHOR, BUCKETS, CANDIDATE, Entry, load
+from fastattn.version import __version__
 
 __all__ = ["Entry", "load", "tune"]
 
@@ -174,6 +174,6 @@ def _circumstances(device: torch.device, tokens: int, dropout_p: float) -> dict[
         "dropout_p": str(dropout_p),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "fastattn": importlib.metadata.version("fastattn"),
+        "fastattn": __version__,
         "date": datetime.date.today().isoformat(),
     }

@@ -242,7 +242,9 @@ def is_there(dotted: str) -> bool:
     if dotted.startswith("fastattn.kernels."):
         module, _, name = dotted.partition("fastattn.kernels.")[2].partition(".")
         path = ROOT / "kernels" / "triton" / f"{module}.py"
-        return path.exists() and re.search(rf"^(def|class) {name}", path.read_text(), re.M)
+        return path.exists() and re.search(
+            rf"^(def|class) {name or '.*'}\b|^{name}\b.* = ", path.read_text(encoding="utf-8"), re.M
+        )
     try:
         pkgutil.resolve_name(dotted)
     except (ImportError, AttributeError):

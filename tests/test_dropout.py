@@ -13,6 +13,7 @@ import reference
 import torch
 from torch import Tensor
 
+import fastattn
 from fastattn import dropout
 from fastattn.arguments import AttentionDropout, TokenDropout
 from fastattn.dropout import ADJACENT, STRIDED, TokenRows
@@ -338,6 +339,8 @@ def test_drawn_seeds(built: bool) -> None:
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
     assert (first >= 0) == built
+    torch.manual_seed(5)
+    assert torch.equal(fastattn.draw_seed("cpu"), first)
     dropout.check_seed(first)
 
 

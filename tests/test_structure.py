@@ -22,7 +22,7 @@ from fastattn.ops import (
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up; on a floor with several corridors none imports another
-    "dropout dispatch packing tracing tuned",
+    "dropout dispatch packing tracing tuned version",
     "arguments",
     "pytorch",
     "extension kernels",
@@ -51,6 +51,8 @@ def imported(path: Path) -> set[str]:
     """The modules of the package that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports from a folder by dots"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastattn":
             for name in node.names:
                 inner = f"{node.module}.{name.name}"
@@ -131,5 +133,7 @@ def test_options_are_those_of_the_schema(op: str) -> None:
         argument.name for argument in getattr(torch.ops.fastattn, op).default._schema.arguments
     ]
     fields = list(OPTIONS[op]._fields)
+    if "weight" in fields:  # autograd Functions give the gradients of the first two
+        assert fields[:2] == ["weight", "bias"]
     first = schema.index(fields[0])
     assert schema[first : first + len(fields)] == fields

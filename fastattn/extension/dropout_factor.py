@@ -19,8 +19,14 @@ _DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float
 def attention_factor(dropout: AttentionDropout, shape: list[int], dtype: torch.dtype) -> Tensor:
     """What attention probabilities of ``shape`` are multiplied by, in ``dtype``."""
     out = torch.empty(shape, dtype=dtype)
-    p, seed, site, head_offset = dropout
-    return write_attention_factor(out, dropout.scale, int(seed), site, threshold(p), head_offset)
+    return write_attention_factor(
+        out,
+        dropout.scale,
+        int(dropout.seed),
+        dropout.site,
+        threshold(dropout.dropout_p),
+        dropout.head_offset,
+    )
 
 
 def token_factor(
@@ -28,9 +34,17 @@ def token_factor(
 ) -> Tensor:
     """What a token tensor (rows, columns) is multiplied by, in ``dtype``."""
     out = torch.empty(rows, columns, dtype=dtype)
-    p, seed, site, *rows_map, column_offset = dropout
     return write_token_factor(
-        out, dropout.scale, int(seed), site, threshold(p), grouping, *rows_map, column_offset
+        out,
+        dropout.scale,
+        int(dropout.seed),
+        dropout.site,
+        threshold(dropout.dropout_p),
+        grouping,
+        dropout.row_index,
+        dropout.row_period,
+        dropout.batch_first,
+        dropout.column_offset,
     )
 
 

@@ -189,16 +189,20 @@ class NormKernels:
         Raises:
             ValueError: an argument does not fit; the message names it.
         """
+        if residual.shape != input.shape:
+            expected, got = tuple(input.shape), tuple(residual.shape)
+            raise ValueError(f"residual must be of input's shape {expected}, but got {got}")
         columns = input.shape[-1:]
-        for name, x, shape in (
-            ("residual", residual, input.shape),
-            ("input_bias", input_bias, columns),
-            ("weight", norm.weight, columns),
-            ("bias", norm.bias, columns),
-        ):
-            if x is not None and (x.shape != shape or not x.is_cpu):
-                got = f"{tuple(x.shape)} on {x.device}"
-                raise ValueError(f"{name} must be of shape {tuple(shape)} on cpu, but got {got}")
+        vectors = {"input_bias": input_bias, "weight": norm.weight, "bias": norm.bias}
+        for name, x in vectors.items():
+            if x is not None and x.shape != columns:
+                got = tuple(x.shape)
+                raise ValueError(f"{name} must be of shape {tuple(columns)}, but got {got}")
+        for name, x in {"residual": residual, **vectors}.items():
+            if x is not None and x.device != input.device:
+                raise ValueError(
+                    f"{name} must be on {input.device}, as input is, but got {x.device}"
+                )
         self._forward(
             input, input_bias, residual, TokenDropout(), input.dtype, norm=norm, out=input
         )
@@ -222,7 +226,9 @@ class NormKernels:
         """Write ``sum``, ``out``, ``copy``, ``mean`` and ``rstd``, those that are there."""
         if residual is not None:
             residual = residual.to(sum_dtype)
-        weight, bias, eps, _ = (None, None, 0.0, None) if norm is None else norm
+        weight, bias, eps = (
+            (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        )
         call = _Call()
         self._run_forward(
             input,

@@ -39,10 +39,12 @@ def why_module(module: nn.Module, *kinds: type) -> str | None:
 
 
 def is_plain(weight: Tensor) -> bool:
+    """Whether a tensor is no subclass of its own, such as a sharded or a quantised one."""
     return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
 
 
 def kind_of(x: object) -> str:
+    """The name of its class, for a reason."""
     return type(x).__name__
 
 
@@ -89,6 +91,7 @@ def is_plain_inference(layer: nn.TransformerEncoderLayer, src: Tensor) -> bool:
 
 
 def why_norm_is_module(layer: nn.TransformerEncoderLayer, norm: nn.Module) -> str | None:
+    """Why a norm must be called; None if it is a plain one over the features of the layer."""
     reason = why_module(norm, nn.LayerNorm, FusedLayerNorm)
     if reason is None and norm.normalized_shape != (layer.self_attn.embed_dim,):
         return f"it normalises over {tuple(norm.normalized_shape)}"
@@ -96,6 +99,7 @@ def why_norm_is_module(layer: nn.TransformerEncoderLayer, norm: nn.Module) -> st
 
 
 def why_attention_is_module(layer: nn.TransformerEncoderLayer) -> str | None:
+    """Why self-attention must be called; None if it is plain, with one projection of its input."""
     attn = layer.self_attn
     reason = why_module(attn, nn.MultiheadAttention)
     if reason is not None:
@@ -122,6 +126,7 @@ def why_feed_forward_called(layer: nn.TransformerEncoderLayer) -> str | None:
 
 
 def overrides(layer: nn.TransformerEncoderLayer, method: str) -> bool:
+    """Whether a layer has another ``method`` than torch's."""
     stock = getattr(nn.TransformerEncoderLayer, method)
     return method in layer.__dict__ or getattr(type(layer), method) is not stock
 

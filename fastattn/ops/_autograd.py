@@ -138,7 +138,7 @@ def remember(ctx: Any, tensors: Sequence[Tensor | None], options: Sequence[Any])
 
 
 def recall(ctx: Any) -> tuple[tuple[Tensor | None, ...], list[Any]]:
-    """In its backward: the tensors and options that :func:`remember` saved."""
+    """In an autograd Function's backward: the tensors and options that :func:`remember` saved."""
     saved, options = ctx.saved_tensors, list(ctx.options)
     count = len(saved) - len(ctx.tensor_at)
     for i, tensor in zip(ctx.tensor_at, saved[count:], strict=True):

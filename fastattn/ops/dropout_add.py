@@ -85,6 +85,7 @@ def plain_sum(composite: bool, *arguments: Any) -> Tensor:
 
 
 def check_branch(input: Tensor, residual: Tensor | None, input_bias: Tensor | None) -> None:
+    """Raise unless a branch, its bias and what it is added to fit together."""
     check_rows(input)
     check_vector("input_bias", input_bias, input)
     if residual is not None:

@@ -50,15 +50,24 @@ def _token_factor(*options):
     return _functions(dropped.seed).token_factor(dropped, grouping, rows, columns, dtype)
 
 
+def _attention_fake(dropout_p, seed, site, head_offset, shape, dtype):
+    return seed.new_empty(shape, dtype=dtype)
+
+
+def _token_fake(*options):
+    *fields, _, rows, columns, dtype = options
+    return TokenDropout(*fields).seed.new_empty((rows, columns), dtype=dtype)
+
+
 define(
     "attention_dropout_factor(float dropout_p, Tensor seed, int site, SymInt head_offset, "
     "SymInt[] shape, ScalarType dtype) -> Tensor",
     _attention_factor,
-    lambda dropout_p, seed, site, head_offset, shape, dtype: seed.new_empty(shape, dtype=dtype),
+    _attention_fake,
 )
 define(
     f"token_dropout_factor({TOKEN_DROPOUT.replace('Tensor? seed', 'Tensor seed')}, "
     "int grouping, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     _token_factor,
-    lambda *arguments: arguments[1].new_empty(arguments[-3:-1], dtype=arguments[-1]),
+    _token_fake,
 )

@@ -86,7 +86,7 @@ def feed_forward(
         chunk_tokens: handle so many tokens at a time, so that no temporary tensor has more rows
             than that. Each chunk adds its part to the gradients of the weights, in at least fp32.
         backend: ``"triton_gemm"``, ``"triton"`` or ``"pytorch"``; None chooses. The first is chosen
-            where a measurement says that it is the faster one (:mod:`fastattn.tuning`).
+            where a measurement says that it is the faster one (:mod:`fastattn.tuned`).
 
     Returns:
         (..., d_out) in the dtype of ``input``; under autocast everything is in its dtype.

@@ -129,7 +129,7 @@ def attention_without_dropout(
     It takes a mask in the dtype of query. Where that does not hold every number of a float mask,
     everything is in the dtype that does: a finite number too large for 16 bits is no infinity.
     """
-    if arguments.is_dense:
+    if arguments.is_unmasked:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         is_causal, scale = arguments.is_causal, arguments.scale
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,8 @@ from fastattn.dropout import RESOLUTION, replays_twister, threshold
 
 def attention_factor(dropout: AttentionDropout, shape: list[int], dtype: torch.dtype) -> Tensor:
     """What attention probabilities of ``shape`` are multiplied by, in ``dtype``."""
-    p, seed, site, _ = dropout
-    if replays_twister(seed):
-        decisions = twister_decisions(int(seed), site, p, tuple(shape))
-    else:
-        decisions = dropout.decisions(shape)
+    replays = replays_twister(dropout.seed)
+    decisions = _replayed(dropout, shape) if replays else dropout.decisions(shape)
     return _scaled(decisions, dropout.scale, dtype)
 
 
@@ -23,12 +22,15 @@ def token_factor(
     dropout: TokenDropout, grouping: int, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """What a token tensor (rows, columns) is multiplied by, in ``dtype``."""
-    p, seed, site, *_ = dropout
-    if replays_twister(seed):
-        decisions = twister_decisions(int(seed), site, p, (rows, columns))
+    if replays_twister(dropout.seed):
+        decisions = _replayed(dropout, (rows, columns))
     else:
         decisions = dropout.decisions(grouping, rows, columns)
     return _scaled(decisions, dropout.scale, dtype)
+
+
+def _replayed(dropout: AttentionDropout | TokenDropout, shape: Sequence[int]) -> Tensor:
+    return twister_decisions(int(dropout.seed), dropout.site, dropout.dropout_p, tuple(shape))
 
 
 def twister_decisions(seed: int, site: int, dropout_p: float, shape: tuple[int, ...]) -> Tensor:

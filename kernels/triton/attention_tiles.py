@@ -154,13 +154,14 @@ def sequence_of(place):
     In a packed batch the first ``seqlen`` count. The rows after its last sequence are one more, of
     which none counts.
     """
-    CuSeqlens, sequence, batch, tokens, seqlen = place
-    if CuSeqlens is not None:
-        first = tl.load(CuSeqlens + sequence)
-        last = tl.load(CuSeqlens + sequence + 1, mask=sequence < batch, other=tokens)
-        return first, last - first, tl.where(sequence < batch, tl.minimum(last - first, seqlen), 0)
+    if place.CuSeqlens is not None:
+        is_there = place.sequence < place.batch
+        start = place.CuSeqlens + place.sequence
+        first = tl.load(start)
+        last = tl.load(start + 1, mask=is_there, other=place.tokens)
+        return first, last - first, tl.where(is_there, tl.minimum(last - first, place.seqlen), 0)
     else:
-        return 0, seqlen, seqlen
+        return 0, place.seqlen, place.seqlen
 
 
 @triton.jit
@@ -411,17 +412,16 @@ def drop_words(dropout, start_m, start_n, TILE: tl.constexpr):
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    seed, sequence, site_and_head, _ = dropout
     column = (start_n // 4 + tl.arange(0, BLOCK_N // 4))[None, :].to(tl.uint32)
     if TILE.OWNS_ROW:
         m = start_m + tl.arange(0, BLOCK_M)[:, None]
         row = (m // 16 * 8 + m % 8).to(tl.uint32)
-        a, b, c, d = philox(seed, row, column, sequence, site_and_head)
+        a, b, c, d = philox(dropout.seed, row, column, dropout.sequence, dropout.site_and_head)
         upper = m // 8 % 2 == 0
         return spread_columns(tl.where(upper, a, c), tl.where(upper, b, d), BLOCK_M, BLOCK_N)
     else:
         row = (start_m // 2 + tl.arange(0, BLOCK_M // 2))[:, None].to(tl.uint32)
-        a, b, c, d = philox(seed, row, column, sequence, site_and_head)
+        a, b, c, d = philox(dropout.seed, row, column, dropout.sequence, dropout.site_and_head)
         upper = spread_columns(a, b, BLOCK_M // 2, BLOCK_N)
         lower = spread_columns(c, d, BLOCK_M // 2, BLOCK_N)
         return interleave_rows(upper, lower, BLOCK_M, BLOCK_N)
@@ -490,15 +490,14 @@ def kept_transposed(dropout, start_m, start_n, TILE: tl.constexpr):
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    seed, sequence, site_and_head, threshold = dropout
     n = tl.arange(0, BLOCK_N // 2)[:, None]
     n = n // 8 * 16 + n % 8  # those with n // 8 even
     column = (start_n // 4 + n // 16 * 4 + n % 8 // 2).to(tl.uint32)
     row = (start_m // 2 + tl.arange(0, BLOCK_M // 2))[None, :].to(tl.uint32)
-    a, b, c, d = philox(seed, row, column, sequence, site_and_head)
+    a, b, c, d = philox(dropout.seed, row, column, dropout.sequence, dropout.site_and_head)
     upper = tl.join(a, c).reshape(BLOCK_N // 2, BLOCK_M // 16, 8, 2).permute(0, 1, 3, 2)
     lower = tl.join(b, d).reshape(BLOCK_N // 2, BLOCK_M // 16, 8, 2).permute(0, 1, 3, 2)
     upper = upper.reshape(BLOCK_N // 2, BLOCK_M)
     lower = lower.reshape(BLOCK_N // 2, BLOCK_M)
     words = interleave_rows(upper, lower, BLOCK_N, BLOCK_M)
-    return is_kept(words, tl.arange(0, BLOCK_N)[:, None], threshold)
+    return is_kept(words, tl.arange(0, BLOCK_N)[:, None], dropout.threshold)

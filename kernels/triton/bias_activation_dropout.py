@@ -28,7 +28,7 @@ from fastattn.kernels.activations import activate, activation_backward
 from fastattn.kernels.column_sums import sum_parts
 from fastattn.kernels.device import capability, multiprocessors
 from fastattn.kernels.dropout import activation_words, is_kept, token_coordinates
-from fastattn.kernels.launch import ACCESS_BYTES, contiguous, dropout_arguments, rows_of
+from fastattn.kernels.launch import ACCESS_BYTES, contiguous, decides, dropout_arguments, rows_of
 
 SLICES = 8  # of a block of 64 columns
 FORWARD_WARPS, BACKWARD_WARPS = 8, 4  # of a program
@@ -332,7 +332,7 @@ class _Launch:
     ) -> None:
         present = [x for x in tensors if x is not None]
         n_rows, n_columns = present[0].shape
-        offset = dropout.column_offset if dropout.drops and dropout.seed is not None else 0
+        offset = dropout.column_offset if decides(dropout) else 0
         width = math.gcd(most_columns, _width(n_columns, offset, present))
         block, skip = divmod(offset, 64)
         across = triton.cdiv(skip + n_columns, 64) * (SLICES // width)  # cells

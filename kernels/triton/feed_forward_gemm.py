@@ -141,24 +141,34 @@ def in_threads_of(sums, tile):
         return tile
 
 
+class Dropout(NamedTuple):
+    """What decides the dropout of a call."""
+
+    seed: tl.tensor
+    site: tl.tensor
+    threshold: tl.tensor
+    n_rows: tl.tensor
+    first_group: tl.tensor  # of eight columns each
+    RowIndex: tl.tensor | None
+    row_period: tl.tensor
+
+
 @triton.jit
 def tile_kept(
     dropout, row, column, BATCH_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """[ROWS, COLUMNS]: what the contract keeps. Words become columns by renaming alone.
-
-    dropout: what does not depend on the tile.
-    """
-    seed, site, threshold, n_rows, first_group, RowIndex, row_period = dropout
+    """[ROWS, COLUMNS]: what the contract keeps. Words become columns by renaming alone."""
     rows = row + tl.arange(0, ROWS)[:, None]
-    position, sequence = token_coordinates(rows, rows < n_rows, RowIndex, row_period, BATCH_FIRST)
-    groups = first_group + column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-    w0, w1, w2, w3 = activation_words(seed, site, position, sequence, groups)
+    position, sequence = token_coordinates(
+        rows, rows < dropout.n_rows, dropout.RowIndex, dropout.row_period, BATCH_FIRST
+    )
+    groups = dropout.first_group + column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    w0, w1, w2, w3 = activation_words(dropout.seed, dropout.site, position, sequence, groups)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [..., i, k] is word 2 k + i
     lanes = tl.join(words << 16, words) & (LANE << 16)  # [..., i, k, h] is lane 4 k + 2 i + h
     lanes = tl.reshape(lanes, (ROWS, COLUMNS // 64, 8, 2, 2, 2))
     lanes = tl.permute(lanes, (0, 1, 4, 3, 5, 2))
-    return tl.reshape(lanes, (ROWS, COLUMNS)) >= (threshold << 16).to(tl.uint32)
+    return tl.reshape(lanes, (ROWS, COLUMNS)) >= (dropout.threshold << 16).to(tl.uint32)
 
 
 @triton.jit
@@ -229,7 +239,7 @@ def feed_forward_activate_kernel(
         h = matrix(H, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if Seed is not None:
         seed = tl.load(Seed)
-        dropout = seed, site, threshold, n_rows, first_group, RowIndex, row_period
+        dropout = Dropout(seed, site, threshold, n_rows, first_group, RowIndex, row_period)
         scale = tl.full([], scale, dtype)
     tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_columns, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -305,7 +315,7 @@ def feed_forward_hidden_gradient_kernel(
         a = matrix(A, n_rows, n_columns, n_columns, TMA, PART_M, PART_N)
     if Seed is not None:
         seed = tl.load(Seed)
-        dropout = seed, site, threshold, n_rows, first_group, RowIndex, row_period
+        dropout = Dropout(seed, site, threshold, n_rows, first_group, RowIndex, row_period)
     scale = tl.full([], scale, dtype)
     tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_columns, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):

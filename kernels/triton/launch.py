@@ -1,4 +1,4 @@
-"""What launchers of token-wise kernels have in common: tensors and dropout as kernels take them."""
+"""What launchers have in common: tensors, and the dropout of tokens, as kernels take them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def decides(dropout: TokenDropout) -> bool:
+    """Whether a seed decides what drops; what is made from a result drops without one."""
+    return dropout.drops and dropout.seed is not None
+
+
 def dropout_arguments(dropout: TokenDropout) -> dict[str, Any]:
-    """What every kernel that drops takes of a dropout; without a seed nothing drops."""
-    drops = dropout.drops and dropout.seed is not None
+    """What every kernel that drops takes of a dropout, by the names that all of them use."""
     return {
-        "Seed": dropout.seed if drops else None,
-        "RowIndex": contiguous(dropout.row_index) if drops else None,
+        "Seed": dropout.seed if decides(dropout) else None,
+        "RowIndex": contiguous(dropout.row_index) if decides(dropout) else None,
         "site": dropout.site,
         "threshold": threshold(dropout.dropout_p),
         "scale": dropout.scale,

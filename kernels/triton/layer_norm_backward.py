@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
-    Dropout,
+    Dropping,
     Rows,
     block_rows,
     chunk_columns,
@@ -162,7 +162,7 @@ def layer_norm_backward_kernel(
 
     dropout = None
     if Seed is not None:
-        dropout = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        dropout = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
     blocks = tl.cdiv(n_rows, TILE.ROWS)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=stages):
         row, row_mask = block_rows(block, n_rows, TILE)
@@ -284,7 +284,7 @@ def layer_norm_wide_backward_kernel(
     )
     dropout = None
     if Seed is not None:
-        dropout = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        dropout = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
     for block in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mean = 0.0
@@ -357,7 +357,7 @@ def dropout_add_backward_kernel(
     d_x_bias = zeros(dtype, TILE)
     dropout = None
     if Seed is not None:
-        dropout = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        dropout = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, TILE.ROWS), tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mask = row_mask & columns

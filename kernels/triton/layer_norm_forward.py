@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
-    Dropout,
+    Dropping,
     Rows,
     block_rows,
     chunk_columns,
@@ -105,7 +105,7 @@ def layer_norm_forward_kernel(
             residual_tiles += (load_rows(residual_rows, row, column, row_mask & columns, TILE),)
     dropout = None
     if Seed is not None:
-        of_call = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        of_call = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
         dropout = row_dropout(of_call, row, row_mask, dtype)
 
     sums = ()
@@ -174,7 +174,7 @@ def layer_norm_wide_forward_kernel(
     x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
     dropout = None
     if Seed is not None:
-        of_call = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        of_call = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
         dropout = row_dropout(of_call, row, row_mask, dtype)
     mean = tl.zeros([1, 1, 1, 1], dtype)
     squares = tl.zeros([1, 1, 1, 1], dtype)
@@ -242,7 +242,7 @@ def dropout_add_forward_kernel(
     residual = load_rows(Rows(Residual, residual_stride), row, column, mask, TILE)
     dropout = None
     if Seed is not None:
-        of_call = Dropout(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        of_call = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
         dropout = row_dropout(of_call, row, row_mask, dtype)
     rounded = rounded_sum(
         x, residual, XBias, dropout, chunk, column, columns, sum_type, dtype, TILE

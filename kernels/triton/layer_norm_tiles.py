@@ -166,7 +166,7 @@ def row_sums(a, b):
 # -------------------------------------------------------------------------------------- dropout
 
 
-class Dropout(NamedTuple):
+class Dropping(NamedTuple):
     """What decides the dropout of a call, as a kernel was told."""
 
     seed: tl.tensor
@@ -205,6 +205,8 @@ def row_dropout(dropout, row, row_mask, dtype: tl.constexpr):
 @triton.jit
 def dropout_multiplier(dropout, chunk, TILE: tl.constexpr):
     """The scale where the contract keeps an element, else 0 [SLICES, WIDTH, ROWS, LANES]."""
-    seed, site, position, sequence, threshold, scale = dropout
-    words = residual_words(seed, site, position, sequence, chunk_groups(chunk, TILE))
-    return tl.where(lanes_kept(words, slice_lanes(TILE), threshold), scale, 0.0)
+    words = residual_words(
+        dropout.seed, dropout.site, dropout.position, dropout.sequence, chunk_groups(chunk, TILE)
+    )
+    kept = lanes_kept(words, slice_lanes(TILE), dropout.threshold)
+    return tl.where(kept, dropout.scale, 0.0)
