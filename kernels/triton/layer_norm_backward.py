@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
-    Dropping,
     Rows,
     block_rows,
     chunk_columns,
@@ -46,31 +45,26 @@ class Inputs(NamedTuple):
     saved: Rows  # the sum or the result
 
 
-class Affine(NamedTuple):
-    """A chunk of the affine map. What is absent is a constant, which costs nothing."""
-
-    weight: tl.tensor
-    inverse: tl.tensor  # 1 / weight, where xhat is made from the result
-    bias: tl.tensor  # likewise
-
-
 @triton.jit
 def load_gradient(inputs, row, column, mask, dtype: tl.constexpr, TILE: tl.constexpr):
     """What flows into the result and its copy together."""
-    of_out = load_rows(inputs.d_out, row, column, mask, TILE)
-    of_copy = load_rows(inputs.d_copy, row, column, mask, TILE)
-    if of_out is None:
-        return widen(of_copy, dtype)
-    elif of_copy is None:
-        return widen(of_out, dtype)
+    if inputs.d_out.X is None:
+        return widen(load_rows(inputs.d_copy, row, column, mask, TILE), dtype)
     else:
-        return widen(of_out, dtype) + widen(of_copy, dtype)
+        gradient = widen(load_rows(inputs.d_out, row, column, mask, TILE), dtype)
+        if inputs.d_copy.X is not None:
+            gradient += widen(load_rows(inputs.d_copy, row, column, mask, TILE), dtype)
+        return gradient
 
 
 @triton.jit
 def load_affine(
     Weight, Bias, column, columns, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr, TILE
 ):
+    """A chunk of (weight, 1 / weight, bias); the last two where xhat is made from the result.
+
+    What is absent is a constant, which costs nothing.
+    """
     one = zeros(dtype, TILE) + 1.0
     weight, inverse, bias = one, one, zeros(dtype, TILE)
     if Weight is not None:
@@ -79,14 +73,14 @@ def load_affine(
             inverse = 1.0 / weight
     if FROM_OUTPUT and Bias is not None:
         bias = load_vector(Bias, column, columns, 0.0, dtype, TILE)
-    return Affine(weight, inverse, bias)
+    return weight, inverse, bias
 
 
 @triton.jit
-def normalised(saved, mean, rstd, affine, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr):
+def normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr):
     """xhat, from the sum or from the result."""
     if FROM_OUTPUT:
-        return (widen(saved, dtype) - affine.bias) * affine.inverse
+        return (widen(saved, dtype) - bias) * inverse
     else:
         return (widen(saved, dtype) - mean) * rstd
 
@@ -160,9 +154,9 @@ def layer_norm_backward_kernel(
             column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
             affines += (load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE),)
 
-    dropout = None
+    seed = None
     if Seed is not None:
-        dropout = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        seed = tl.load(Seed)
     blocks = tl.cdiv(n_rows, TILE.ROWS)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=stages):
         row, row_mask = block_rows(block, n_rows, TILE)
@@ -178,18 +172,33 @@ def layer_norm_backward_kernel(
         if not FROM_OUTPUT:
             mean = tl.load(Mean + row, mask=row_mask, other=0.0)
         rstd = tl.load(Rstd + row, mask=row_mask, other=0.0)
-        of_rows = row_dropout(dropout, row, row_mask, dtype)
+        dropout = None
+        if Seed is not None:
+            dropout = row_dropout(
+                seed,
+                RowIndex,
+                row,
+                row_mask,
+                site,
+                threshold,
+                scale,
+                row_period,
+                BATCH_FIRST,
+                dtype,
+            )
 
         xhats = ()
         weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
         for c in tl.static_range(CHUNKS):
             column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
             if in_registers:
-                affine = affines[c]
+                weight, inverse, bias = affines[c]
             else:
-                affine = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
-            xhats += (normalised(saved_tiles[c], mean, rstd, affine, FROM_OUTPUT, dtype),)
-            weighted = gradients[c] * affine.weight
+                weight, inverse, bias = load_affine(
+                    Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
+                )
+            xhats += (normalised(saved_tiles[c], mean, rstd, inverse, bias, FROM_OUTPUT, dtype),)
+            weighted = gradients[c] * weight
             weighted_sum += own_sum(weighted)
             projected_sum += own_sum(weighted * xhats[c])
         weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
@@ -200,16 +209,16 @@ def layer_norm_backward_kernel(
         for c in tl.static_range(CHUNKS):
             column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
             if in_registers:
-                affine = affines[c]
+                weight, _, _ = affines[c]
             else:
-                affine = load_affine(Weight, Bias, column, columns, False, dtype, TILE)
-            weighted = gradients[c] * affine.weight
+                weight, _, _ = load_affine(Weight, Bias, column, columns, False, dtype, TILE)
+            weighted = gradients[c] * weight
             d_sum = input_gradient(weighted, xhats[c], rstd, common, slope, TILE)
             if dTotal is not None:
                 d_sum += widen(totals[c], dtype)
             d_branch = d_sum
-            if of_rows is not None:
-                d_branch *= dropout_multiplier(of_rows, c, TILE)
+            if dropout is not None:
+                d_branch *= dropout_multiplier(dropout, c, TILE)
             store_tile(dSum, d_sum, row, column, row_mask & columns, TILE)
             store_tile(dBranch, d_branch, row, column, row_mask & columns, TILE)
             new_d_weights += (d_weights[c] + gradients[c] * xhats[c],)
@@ -282,24 +291,39 @@ def layer_norm_wide_backward_kernel(
         Rows(dTotal, d_total_stride),
         Rows(Saved, saved_stride),
     )
-    dropout = None
+    seed = None
     if Seed is not None:
-        dropout = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        seed = tl.load(Seed)
     for block in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mean = 0.0
         if not FROM_OUTPUT:
             mean = tl.load(Mean + row)
         rstd = tl.load(Rstd + row)
-        of_rows = row_dropout(dropout, row, row_mask, dtype)
+        dropout = None
+        if Seed is not None:
+            dropout = row_dropout(
+                seed,
+                RowIndex,
+                row,
+                row_mask,
+                site,
+                threshold,
+                scale,
+                row_period,
+                BATCH_FIRST,
+                dtype,
+            )
         weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
         for c in range(TILE.CHUNKS):
             column, columns = chunk_columns(c, True, TILE)
             gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
             saved = load_rows(inputs.saved, row, column, columns, TILE)
-            affine = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
-            xhat = normalised(saved, mean, rstd, affine, FROM_OUTPUT, dtype)
-            weighted = gradient * affine.weight
+            weight, inverse, bias = load_affine(
+                Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
+            )
+            xhat = normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT, dtype)
+            weighted = gradient * weight
             weighted_sum += own_sum(weighted)
             projected_sum += own_sum(weighted * xhat)
         weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
@@ -310,16 +334,18 @@ def layer_norm_wide_backward_kernel(
             column, columns = chunk_columns(c, True, TILE)
             gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
             saved = load_rows(inputs.saved, row, column, columns, TILE)
-            affine = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
-            xhat = normalised(saved, mean, rstd, affine, FROM_OUTPUT, dtype)
-            weighted = gradient * affine.weight
+            weight, inverse, bias = load_affine(
+                Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
+            )
+            xhat = normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT, dtype)
+            weighted = gradient * weight
             d_sum = input_gradient(weighted, xhat, rstd, common, slope, TILE)
-            total = load_rows(inputs.d_total, row, column, columns, TILE)
-            if total is not None:
+            if dTotal is not None:
+                total = load_rows(inputs.d_total, row, column, columns, TILE)
                 d_sum += widen(total, dtype)
             d_branch = d_sum
-            if of_rows is not None:
-                d_branch *= dropout_multiplier(of_rows, c, TILE)
+            if dropout is not None:
+                d_branch *= dropout_multiplier(dropout, c, TILE)
             store_tile(dSum, d_sum, row, column, columns, TILE)
             store_tile(dBranch, d_branch, row, column, columns, TILE)
             is_first = block == tl.program_id(0)
@@ -355,18 +381,31 @@ def dropout_add_backward_kernel(
     chunk = tl.program_id(1)
     column, columns = chunk_columns(chunk, True, TILE)
     d_x_bias = zeros(dtype, TILE)
-    dropout = None
+    seed = None
     if Seed is not None:
-        dropout = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
+        seed = tl.load(Seed)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, TILE.ROWS), tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mask = row_mask & columns
         total = load_rows(Rows(dTotal, d_total_stride), row, column, mask, TILE)
-        of_rows = row_dropout(dropout, row, row_mask, dtype)
+        dropout = None
+        if Seed is not None:
+            dropout = row_dropout(
+                seed,
+                RowIndex,
+                row,
+                row_mask,
+                site,
+                threshold,
+                scale,
+                row_period,
+                BATCH_FIRST,
+                dtype,
+            )
         d_sum = widen(total, dtype)
         d_branch = d_sum
-        if of_rows is not None:
-            d_branch *= dropout_multiplier(of_rows, chunk, TILE)
+        if dropout is not None:
+            d_branch *= dropout_multiplier(dropout, chunk, TILE)
         store_tile(dSum, d_sum, row, column, mask, TILE)
         store_tile(dBranch, d_branch, row, column, mask, TILE)
         d_x_bias += d_branch

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
-    Dropping,
     Rows,
     block_rows,
     chunk_columns,
@@ -105,8 +104,10 @@ def layer_norm_forward_kernel(
             residual_tiles += (load_rows(residual_rows, row, column, row_mask & columns, TILE),)
     dropout = None
     if Seed is not None:
-        of_call = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
-        dropout = row_dropout(of_call, row, row_mask, dtype)
+        seed = tl.load(Seed)
+        dropout = row_dropout(
+            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
+        )
 
     sums = ()
     total = own_zeros(dtype, TILE)
@@ -174,13 +175,17 @@ def layer_norm_wide_forward_kernel(
     x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
     dropout = None
     if Seed is not None:
-        of_call = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
-        dropout = row_dropout(of_call, row, row_mask, dtype)
+        seed = tl.load(Seed)
+        dropout = row_dropout(
+            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
+        )
     mean = tl.zeros([1, 1, 1, 1], dtype)
     squares = tl.zeros([1, 1, 1, 1], dtype)
     for c in range(TILE.CHUNKS):
         column, columns = chunk_columns(c, True, TILE)
-        residual = load_rows(residual_rows, row, column, columns, TILE)
+        residual = None
+        if Residual is not None:
+            residual = load_rows(residual_rows, row, column, columns, TILE)
         x = load_rows(x_rows, row, column, columns, TILE)
         rounded = rounded_sum(
             x, residual, XBias, dropout, c, column, columns, SUM_TYPE, dtype, TILE
@@ -202,7 +207,9 @@ def layer_norm_wide_forward_kernel(
 
     for c in range(TILE.CHUNKS):
         column, columns = chunk_columns(c, True, TILE)
-        residual = load_rows(residual_rows, row, column, columns, TILE)
+        residual = None
+        if Residual is not None:
+            residual = load_rows(residual_rows, row, column, columns, TILE)
         x = load_rows(x_rows, row, column, columns, TILE)
         rounded = rounded_sum(
             x, residual, XBias, dropout, c, column, columns, SUM_TYPE, dtype, TILE
@@ -239,11 +246,15 @@ def dropout_add_forward_kernel(
     column, columns = chunk_columns(chunk, True, TILE)
     mask = row_mask & columns
     x = load_rows(Rows(X, x_stride), row, column, mask, TILE)
-    residual = load_rows(Rows(Residual, residual_stride), row, column, mask, TILE)
+    residual = None
+    if Residual is not None:
+        residual = load_rows(Rows(Residual, residual_stride), row, column, mask, TILE)
     dropout = None
     if Seed is not None:
-        of_call = Dropping(tl.load(Seed), RowIndex, site, threshold, scale, row_period, BATCH_FIRST)
-        dropout = row_dropout(of_call, row, row_mask, dtype)
+        seed = tl.load(Seed)
+        dropout = row_dropout(
+            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
+        )
     rounded = rounded_sum(
         x, residual, XBias, dropout, chunk, column, columns, sum_type, dtype, TILE
     )

@@ -78,12 +78,9 @@ class Rows(NamedTuple):
 
 @triton.jit
 def load_rows(rows, row, column, mask, TILE: tl.constexpr):
-    """A tile, [SLICES, WIDTH, ROWS, LANES], zero outside of ``mask``; None where there is none."""
-    if rows.X is None:
-        return None
-    else:
-        pointers = rows.X + row * (rows.stride.to(tl.int64) * TILE.WIDTH) + column
-        return tl.load(pointers, mask=mask, other=0.0)
+    """A tile, [SLICES, WIDTH, ROWS, LANES], zero outside of ``mask``."""
+    pointers = rows.X + row * (rows.stride.to(tl.int64) * TILE.WIDTH) + column
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -166,18 +163,6 @@ def row_sums(a, b):
 # -------------------------------------------------------------------------------------- dropout
 
 
-class Dropping(NamedTuple):
-    """What decides the dropout of a call, as a kernel was told."""
-
-    seed: tl.tensor
-    RowIndex: tl.tensor | None
-    site: tl.tensor
-    threshold: tl.tensor
-    scale: tl.tensor
-    row_period: tl.tensor
-    BATCH_FIRST: tl.constexpr
-
-
 class RowDropout(NamedTuple):
     """What decides the dropout of rows."""
 
@@ -190,16 +175,20 @@ class RowDropout(NamedTuple):
 
 
 @triton.jit
-def row_dropout(dropout, row, row_mask, dtype: tl.constexpr):
-    """What :func:`dropout_multiplier` asks about rows; None where nothing drops."""
-    if dropout is None:
-        return None
-    else:
-        position, sequence = token_coordinates(
-            row, row_mask, dropout.RowIndex, dropout.row_period, dropout.BATCH_FIRST
-        )
-        scale = tl.full([], dropout.scale, dtype)
-        return RowDropout(dropout.seed, dropout.site, position, sequence, dropout.threshold, scale)
+def row_dropout(
+    seed,
+    RowIndex,
+    row,
+    row_mask,
+    site,
+    threshold,
+    scale,
+    row_period,
+    BATCH_FIRST: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    position, sequence = token_coordinates(row, row_mask, RowIndex, row_period, BATCH_FIRST)
+    return RowDropout(seed, site, position, sequence, threshold, tl.full([], scale, dtype))
 
 
 @triton.jit
