@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastattn import tracing
 
-_library = torch.library.Library("fastattn", "DEF")
+_ops = library.Library("fastattn", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Any:
     """Register ``fastattn::<schema>`` for CPU and CUDA and return the callable overload."""
     name = schema[: schema.index("(")]
-    _library.define(schema)
+    _ops.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, _without_autocast(implementation), key)
-    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+        _ops.impl(name, _without_autocast(implementation), key)
+    library.register_fake(f"fastattn::{name}", fake, lib=_ops)
     return getattr(torch.ops.fastattn, name).default
 
 
