@@ -187,22 +187,18 @@ class Launch:
         pairs = _PairMask(arguments.attn_mask, self.seqlen_k)
         self.arguments = {
             **self._masks(arguments, pairs),
-            "Seed": arguments.seed if arguments.dropout.drops else None,
-            "RowShift": statistics[0],
-            "RowScale": statistics[1] if statistics.shape[0] == 2 else None,
-            "row_stride": statistics.shape[-1],
+            **self._scores(arguments, statistics),
             "batch": self.batch,
             "heads": self.heads,
             "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,
-            "scale": arguments.scale,
-            "site": arguments.site,
-            "head_offset": arguments.head_offset,
-            "threshold": threshold(arguments.dropout_p),
-            "keep_scale": keep_scale(arguments.dropout_p),
         }
-        row_strides = [x.stride(-3) for x in rows.values()]
-        self.tile = {
+        self.tile = self._tile(arguments, statistics, pairs)
+
+    def _tile(self, arguments: Any, statistics: Tensor, pairs: _PairMask) -> dict[str, Any]:
+        """A :class:`Tile`, but for its blocks."""
+        row_strides = [x.stride(-3) for x in self.rows.values()]
+        return {
             "HEAD_DIM": self.head_dim,
             "IS_CAUSAL": arguments.is_causal,
             "BASE_2": statistics.shape[0] == 1,
@@ -214,7 +210,22 @@ class Launch:
             "PAIR_STRIDE": pairs.strides[3],
         }
 
+    def _scores(self, arguments: Any, statistics: Tensor) -> dict[str, Any]:
+        """What makes probabilities of scores, and drops them."""
+        return {
+            "RowShift": statistics[0],
+            "RowScale": statistics[1] if statistics.shape[0] == 2 else None,
+            "row_stride": statistics.shape[-1],
+            "scale": arguments.scale,
+            "Seed": arguments.seed if arguments.dropout.drops else None,
+            "site": arguments.site,
+            "head_offset": arguments.head_offset,
+            "threshold": threshold(arguments.dropout_p),
+            "keep_scale": keep_scale(arguments.dropout_p),
+        }
+
     def _masks(self, arguments: Any, pairs: _PairMask) -> dict[str, Any]:
+        """Which keys count."""
         padding = _as_bytes(arguments.key_padding_mask)
         if padding is not None and padding.stride(1) != 1:
             padding = padding.contiguous()

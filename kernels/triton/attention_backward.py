@@ -15,6 +15,8 @@ and what they add up is multiplied at the end.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -51,6 +53,15 @@ from fastattn.kernels.attention_tiles import (
 )
 
 # ---------------------------------------------------------------------------------------- dQ
+
+
+class Queries(NamedTuple):
+    """A tile of queries, and what makes dS of their scores."""
+
+    q: tl.tensor  # [BLOCK_M, padded HEAD_DIM]
+    do: tl.tensor  # like q
+    shift: tl.tensor  # [BLOCK_M]
+    delta: tl.tensor  # [BLOCK_M]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -123,10 +134,10 @@ def attention_query_gradient_kernel(
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     dQ = rows_of(dQ, dq_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
-    keys = K, V, k_strides[1], v_strides[1]
     offset = pair_offset_of(pair_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
-    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
+    _, _, pair_stride = pair_strides
+    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_stride, pair_columns)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
@@ -134,14 +145,14 @@ def attention_query_gradient_kernel(
     out_scale = tl.full([], scale * keep_scale, dtype) * has_choice(end_m, end_n, TILE)
     keep_scale = tl.full([], keep_scale, dtype)
 
-    q = load_tile(Q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
-    do = load_tile(dOut, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
-    out = load_tile(Out, start_m, out_strides[1], end_m, BLOCK_M, TILE, True)
+    q = load_tile(Q, start_m, end_m, BLOCK_M, TILE, True)
+    do = load_tile(dOut, start_m, end_m, BLOCK_M, TILE, True)
+    out = load_tile(Out, start_m, end_m, BLOCK_M, TILE, True)
     m = start_m + tl.arange(0, BLOCK_M)
     shift = tl.load(RowShift + row + m, mask=m < rows_q, other=float("inf"))
     delta = tl.sum(do.to(dtype) * out.to(dtype), 1)
     delta /= tl.where(keep_scale > 0, keep_scale, 1.0)  # where it is 0 everything drops
-    rows = q, do, shift, delta
+    queries = Queries(q, do, shift, delta)
     if RowScale is None:
         tl.store(Delta + row + m, delta, mask=m < rows_q)
 
@@ -153,11 +164,11 @@ def attention_query_gradient_kernel(
         whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
         if PairMask is None:
             dq, excess = gather_from_keys(
-                dq, excess, rows, keys, whole, masks, dropout, to_scores, start_m, ends,
+                dq, excess, queries, K, V, whole, masks, dropout, to_scores, start_m, ends,
                 TILE, False,
             )  # fmt: skip
         dq, excess = gather_from_keys(
-            dq, excess, rows, keys, rest, masks, dropout, to_scores, start_m, ends,
+            dq, excess, queries, K, V, rest, masks, dropout, to_scores, start_m, ends,
             TILE, True,
         )  # fmt: skip
     dq *= out_scale
@@ -168,7 +179,7 @@ def attention_query_gradient_kernel(
         tl.store(Delta + row + m, delta, mask=m < rows_q)
         # Where row_scale is 1, P is 1 for one key and 0 for the others, and that sum is all of dS.
         dq *= tl.where(row_scale == 1, 0.0, row_scale)[:, None]
-    store_rows(dQ, dq, start_m, dq_strides[1], query_blocks, place_q, BLOCK_M, TILE)
+    store_rows(dQ, dq, start_m, query_blocks, place_q, BLOCK_M, TILE)
 
 
 @triton.jit
@@ -189,8 +200,9 @@ def excess_columns(dtype: tl.dtype, BLOCK_N: int) -> int:
 def gather_from_keys(
     dq,  # [BLOCK_M, padded HEAD_DIM]
     excess,  # [BLOCK_M, 1|BLOCK_N]: sum of dS, where rows have a RowScale
-    rows,  # q, do [BLOCK_M, padded HEAD_DIM]; shift, delta [BLOCK_M]
-    keys,  # K, V and their strides
+    queries,
+    K,
+    V,
     run,
     masks,
     dropout,
@@ -202,15 +214,14 @@ def gather_from_keys(
 ):
     """Add dS K over a run of blocks of keys."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    K, V, k_stride, v_stride = keys
     flags = run.flags
     for i in tl.range(run.count):
         start_n = start_of(run, i, flags, masks, BLOCK_N)
         flags &= flags - 1
-        k = load_tile(K, start_n, k_stride, ends.n, BLOCK_N, TILE, MASKED)
-        v = load_tile(V, start_n, v_stride, ends.n, BLOCK_N, TILE, MASKED)
+        k = load_tile(K, start_n, ends.n, BLOCK_N, TILE, MASKED)
+        v = load_tile(V, start_n, ends.n, BLOCK_N, TILE, MASKED)
         ds = score_gradients(
-            rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, MASKED
+            queries, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, MASKED
         )
         if not TILE.BASE_2:
             excess += ds if excess.shape[1] == BLOCK_N else tl.sum(ds, 1, keep_dims=True)
@@ -220,9 +231,9 @@ def gather_from_keys(
 
 @triton.jit
 def score_gradients(
-    rows,
-    k,
-    v,
+    queries,
+    k,  # [BLOCK_N, padded HEAD_DIM]
+    v,  # like k
     masks,
     dropout,
     scale,
@@ -233,20 +244,37 @@ def score_gradients(
     MASKED: tl.constexpr,
 ):
     """dS / keep_scale of a tile, [BLOCK_M, BLOCK_N]; rows are yet to be multiplied by RowScale."""
-    q, do, shift, delta = rows
-    scores = product(q, tl.trans(k), TILE) * scale
+    scores = product(queries.q, tl.trans(k), TILE) * scale
     if MASKED:
         scores = masked(scores, masks, start_m, start_n, ends, TILE)
-    probs = probability(scores - shift[:, None], TILE)
-    dp = product(do, tl.trans(v), TILE)
+    probs = probability(scores - queries.shift[:, None], TILE)
+    dp = product(queries.do, tl.trans(v), TILE)
     if dropout is not None:
         keep = kept(dropout, start_m, start_n, TILE)
-        return tl.where(keep, probs, 0.0) * dp - probs * delta[:, None]
+        return tl.where(keep, probs, 0.0) * dp - probs * queries.delta[:, None]
     else:
-        return probs * (dp - delta[:, None])
+        return probs * (dp - queries.delta[:, None])
 
 
 # ------------------------------------------------------------------------- dK, dV, and dQ with them
+
+
+class Keys(NamedTuple):
+    """A tile of keys, and what their products are multiplied by."""
+
+    k: tl.tensor  # [BLOCK_N, padded HEAD_DIM]
+    v: tl.tensor  # like k
+    start: tl.tensor  # the first key
+    to_scores: tl.tensor
+    out_scale: tl.tensor  # of dQ and dK
+
+
+class Statistics(NamedTuple):
+    """What forward, and dQ's kernel, kept of each query of one sequence and head."""
+
+    RowShift: tl.tensor
+    RowScale: tl.tensor | None
+    Delta: tl.tensor | None
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -328,16 +356,16 @@ def attention_key_gradient_kernel(
         Delta += row
     if RowScale is not None:
         RowScale += row
-    queries = Q, dOut, RowShift + row, RowScale, Delta, dQ
-    strides = q_strides[1], do_strides[1], dq_strides[1]
+    statistics = Statistics(RowShift + row, RowScale, Delta)
     offset = pair_offset_of(pair_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
-    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
+    _, _, pair_stride = pair_strides
+    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_stride, pair_columns)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
     out_scale = tl.full([], scale * keep_scale, dtype) * has_choice(end_m, end_n, TILE)
-    scales = score_scale(scale, dtype, TILE), out_scale
+    to_scores = score_scale(scale, dtype, TILE)
 
     n = start_n + tl.arange(0, BLOCK_N)
     counts = n < end_n
@@ -349,8 +377,8 @@ def attention_key_gradient_kernel(
             added = key_mask.to(dtype)
     if dQ is not None:  # no other key may reach dQ
         added = tl.where(counts, 0.0 if added is None else added, float("-inf")).to(dtype)
-    k = load_tile(K, start_n, k_strides[1], end_n, BLOCK_N, TILE, True)
-    v = load_tile(V, start_n, v_strides[1], end_n, BLOCK_N, TILE, True)
+    k = load_tile(K, start_n, end_n, BLOCK_N, TILE, True)
+    v = load_tile(V, start_n, end_n, BLOCK_N, TILE, True)
     dk = tl.zeros([BLOCK_N, padded(TILE.HEAD_DIM)], dtype)
     dv = tl.zeros([BLOCK_N, padded(TILE.HEAD_DIM)], dtype)
 
@@ -365,71 +393,70 @@ def attention_key_gradient_kernel(
         whole = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M), query_blocks)
     if PairMask is not None or (TILE.IS_CAUSAL and dQ is not None):
         whole = query_blocks
-    tile = k, v, start_n
+    keys = Keys(k, v, start_n, to_scores, out_scale)
     ends = Ends(end_m, end_n, rows_q)
     if TILE.IS_CAUSAL or PairMask is not None:
         dk, dv = gather_from_queries(
-            dk, dv, tile, added, queries, strides, first, whole, masks, dropout, scales,
-            ends, TILE, True,
+            dk, dv, keys, added, Q, dOut, dQ, statistics, first, whole, masks, dropout, ends,
+            TILE, True,
         )  # fmt: skip
     if PairMask is None and (dQ is None or not TILE.IS_CAUSAL):
         dk, dv = gather_from_queries(
-            dk, dv, tile, added, queries, strides, whole, query_blocks, masks, dropout, scales,
-            ends, TILE, False,
+            dk, dv, keys, added, Q, dOut, dQ, statistics, whole, query_blocks, masks, dropout, ends,
+            TILE, False,
         )  # fmt: skip
     dk *= out_scale
     dv *= tl.full([], keep_scale, dtype)
     if dQ is None:
         dk = tl.where(counts[:, None], dk, 0.0)
         dv = tl.where(counts[:, None], dv, 0.0)
-    store_rows(dK, dk, start_n, dk_strides[1], key_blocks, place_k, BLOCK_N, TILE)
-    store_rows(dV, dv, start_n, dv_strides[1], key_blocks, place_k, BLOCK_N, TILE)
+    store_rows(dK, dk, start_n, key_blocks, place_k, BLOCK_N, TILE)
+    store_rows(dV, dv, start_n, key_blocks, place_k, BLOCK_N, TILE)
 
 
 @triton.jit
 def gather_from_queries(
     dk,  # [BLOCK_N, padded HEAD_DIM]
     dv,  # [BLOCK_N, padded HEAD_DIM]
-    tile,  # k, v [BLOCK_N, padded HEAD_DIM], and the first key
+    keys,
     added,  # [BLOCK_N] to the scores of each key, or None
-    queries,  # Q, dOut, RowShift, RowScale, Delta, dQ
-    strides,  # of Q, dOut, dQ
+    Q,
+    dOut,
+    dQ,  # or None
+    statistics,
     first_block,
     end_block,
     masks,
     dropout,
-    scales,
     ends,  # of the queries and of the keys that count, and of all queries
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add dS^T Q and Z^T dO over blocks of queries; with dQ write dS K."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
-    k, v, start_n = tile
-    Q, dOut, RowShift, RowScale, Delta, dQ = queries
-    to_scores, out_scale = scales
     for block in tl.range(first_block, end_block):
         start_m = block * BLOCK_M
         m = start_m + tl.arange(0, BLOCK_M)
-        q = load_tile(Q, start_m, strides[0], ends.m, BLOCK_M, TILE, True)
-        do = load_tile(dOut, start_m, strides[1], ends.m, BLOCK_M, TILE, True)
-        shift = load_shared(RowShift + m, m < ends.m, float("inf"), BLOCK_M)
+        q = load_tile(Q, start_m, ends.m, BLOCK_M, TILE, True)
+        do = load_tile(dOut, start_m, ends.m, BLOCK_M, TILE, True)
+        shift = load_shared(statistics.RowShift + m, m < ends.m, float("inf"), BLOCK_M)
         if dQ is None:
-            delta = load_shared(Delta + m, m < ends.m, 0.0, BLOCK_M)
-        scores = product(k, tl.trans(q), TILE)
-        scores *= to_scores  # [BLOCK_N, BLOCK_M]
+            delta = load_shared(statistics.Delta + m, m < ends.m, 0.0, BLOCK_M)
+        scores = product(keys.k, tl.trans(q), TILE)
+        scores *= keys.to_scores  # [BLOCK_N, BLOCK_M]
         if MASKED:
-            scores = masked_pairs(scores, masks, start_m, start_n, ends, TILE, True)
+            scores = masked_pairs(scores, masks, start_m, keys.start, ends, TILE, True)
         if added is not None:
             scores += added[:, None]
         probs = probability(scores - shift[None, :], TILE)
-        if RowScale is not None:
-            probs *= load_shared(RowScale + m, m < ends.m, 0.0, BLOCK_M)[None, :]
+        if statistics.RowScale is not None:
+            probs *= load_shared(statistics.RowScale + m, m < ends.m, 0.0, BLOCK_M)[None, :]
         dropped = probs
         if dropout is not None:
-            dropped = tl.where(kept_transposed(dropout, start_m, start_n, TILE), probs, 0.0)
+            keep = kept_transposed(dropout, start_m, keys.start, TILE)
+            dropped = tl.where(keep, probs, 0.0)
         dv = product(dropped.to(do.dtype), do, TILE, dv)
-        dp = product(v, tl.trans(do), TILE)
+        dp = product(keys.v, tl.trans(do), TILE)
         if dQ is not None:
             delta = tl.sum(dropped * dp, 0)
         if dropout is not None:
@@ -439,9 +466,9 @@ def gather_from_queries(
         ds = ds.to(q.dtype)
         dk = product(ds, q, TILE, dk)
         if dQ is not None:
-            dq = product(tl.trans(k), ds, TILE)
-            dq = tl.trans(dq * out_scale)
-            store_tile(dQ, dq, start_m, strides[2], ends.rows, BLOCK_M, TILE)
+            dq = product(tl.trans(keys.k), ds, TILE)
+            dq = tl.trans(dq * keys.out_scale)
+            store_tile(dQ, dq, start_m, ends.rows, BLOCK_M, TILE)
     return dk, dv
 
 

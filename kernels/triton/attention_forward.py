@@ -117,16 +117,16 @@ def attention_forward_kernel(
     V = rows_of(V, v_strides, sequence, head, CuSeqlensK, first_k, TILE.UNIT)
     Out = rows_of(Out, out_strides, sequence, head, CuSeqlensQ, first_q, TILE.UNIT)
     row = statistics_offset(row_stride, sequence, head, heads, CuSeqlensQ, first_q)
-    keys = K, V, k_strides[1], v_strides[1]
     offset = pair_offset_of(pair_strides, sequence, head, TILE)
     key_offset = sequence.to(tl.int64) * key_stride
-    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
+    _, _, pair_stride = pair_strides
+    masks = Masks(KeyMask, key_offset, PairMask, offset, pair_stride, pair_columns)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
     scale = score_scale(scale, dtype, TILE)
 
-    q = load_tile(Q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
+    q = load_tile(Q, start_m, end_m, BLOCK_M, TILE, True)
     acc = tl.zeros([BLOCK_M, padded(TILE.HEAD_DIM)], dtype)
     row_sum = tl.zeros([BLOCK_M], dtype)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype)
@@ -136,11 +136,11 @@ def attention_forward_kernel(
         whole, rest = runs_of(masks, first_block, n_blocks, start_m, end_n, TILE)
         if PairMask is None:
             acc, row_sum, row_max = attend(
-                acc, row_sum, row_max, q, keys, whole, masks, dropout, scale, start_m, ends,
+                acc, row_sum, row_max, q, K, V, whole, masks, dropout, scale, start_m, ends,
                 TILE, False,
             )  # fmt: skip
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, keys, rest, masks, dropout, scale, start_m, ends,
+            acc, row_sum, row_max, q, K, V, rest, masks, dropout, scale, start_m, ends,
             TILE, True,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def attention_forward_kernel(
     alive = (row_sum != 0) & (m < end_m)
     row_sum = tl.where(alive, row_sum, 1.0)
     out = tl.where(alive[:, None], acc * (tl.full([], keep_scale, dtype) / row_sum)[:, None], 0.0)
-    store_rows(Out, out, start_m, out_strides[1], query_blocks, place_q, BLOCK_M, TILE)
+    store_rows(Out, out, start_m, query_blocks, place_q, BLOCK_M, TILE)
     shift = row_max
     if TILE.BASE_2:
         shift += tl.log2(row_sum)
@@ -163,7 +163,8 @@ def attend(
     row_sum,  # [BLOCK_M]: sum of these exponentials, before dropout
     row_max,  # [BLOCK_M]
     q,  # [BLOCK_M, padded HEAD_DIM]
-    keys,  # K, V and their strides
+    K,
+    V,
     run,
     masks,
     dropout,
@@ -175,12 +176,11 @@ def attend(
 ):
     """Take a run of blocks of keys into the softmax and the output."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    K, V, k_stride, v_stride = keys
     flags = run.flags
     for i in tl.range(run.count):
         start_n = start_of(run, i, flags, masks, BLOCK_N)
         flags &= flags - 1
-        k = load_tile(K, start_n, k_stride, ends.n, BLOCK_N, TILE, MASKED)
+        k = load_tile(K, start_n, ends.n, BLOCK_N, TILE, MASKED)
         scores = product(q, tl.trans(k), TILE)
         if MASKED:
             scores = masked(scores * scale, masks, start_m, start_n, ends, TILE)
@@ -200,7 +200,7 @@ def attend(
         row_sum = row_sum * rescale + tl.sum(probs, 1)
         row_max = new_max
         acc *= rescale[:, None]
-        v = load_tile(V, start_n, v_stride, ends.n, BLOCK_N, TILE, MASKED)
+        v = load_tile(V, start_n, ends.n, BLOCK_N, TILE, MASKED)
         if dropout is not None:
             probs = drop(probs, dropout, start_m, start_n, v.dtype, TILE)
         acc = product(probs.to(v.dtype), v, TILE, acc)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention_backward import score_gradients
+from fastattn.kernels.attention_backward import Queries, score_gradients
 from fastattn.kernels.attention_forward import RUNTIME
 from fastattn.kernels.attention_tiles import (
     Ends,
@@ -79,6 +79,7 @@ def attention_mask_gradient_kernel(
     own_head, rest, added_heads = share(rest, heads, SUM_HEADS)
     own_sequence, split, added_sequences = share(rest, batch, SUM_BATCH)
     scale = score_scale(scale, dtype, TILE)
+    _, _, pair_stride = pair_strides
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype)
     tiles = added_n * added_m * added_heads * added_sequences
@@ -95,23 +96,25 @@ def attention_mask_gradient_kernel(
         shift = tl.load(RowShift + row, mask=m < end_m, other=float("inf"))
         row_scale = tl.load(RowScale + row, mask=m < end_m, other=0.0)
         delta = tl.load(Delta + row, mask=m < end_m, other=0.0)
-        dO = rows_of(dOut, do_strides, sequence, head, None, 0, TILE.UNIT)
-        do = load_tile(dO, start_m, do_strides[1], end_m, BLOCK_M, TILE, True)
+        do = rows_of(dOut, do_strides, sequence, head, None, 0, TILE.UNIT)
+        do = load_tile(do, start_m, end_m, BLOCK_M, TILE, True)
         q = rows_of(Q, q_strides, sequence, head, None, 0, TILE.UNIT)
-        q = load_tile(q, start_m, q_strides[1], end_m, BLOCK_M, TILE, True)
+        q = load_tile(q, start_m, end_m, BLOCK_M, TILE, True)
         k = rows_of(K, k_strides, sequence, head, None, 0, TILE.UNIT)
-        k = load_tile(k, start_n, k_strides[1], end_n, BLOCK_N, TILE, True)
+        k = load_tile(k, start_n, end_n, BLOCK_N, TILE, True)
         v = rows_of(V, v_strides, sequence, head, None, 0, TILE.UNIT)
-        v = load_tile(v, start_n, v_strides[1], end_n, BLOCK_N, TILE, True)
+        v = load_tile(v, start_n, end_n, BLOCK_N, TILE, True)
         offset = pair_offset_of(pair_strides, sequence, head, TILE)
         key_offset = sequence.to(tl.int64) * key_stride
-        masks = Masks(KeyMask, key_offset, PairMask, offset, pair_strides[2], pair_columns)
+        masks = Masks(KeyMask, key_offset, PairMask, offset, pair_stride, pair_columns)
         dropout = None
         if Seed is not None:
             dropout = dropout_of(Seed, site, head + head_offset, sequence, threshold)
-        rows = q, do, shift, delta
+        queries = Queries(q, do, shift, delta)
         ends = Ends(end_m, end_n)
-        ds = score_gradients(rows, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, True)
+        ds = score_gradients(
+            queries, k, v, masks, dropout, scale, start_m, start_n, ends, TILE, True
+        )
         acc += ds * row_scale[:, None]
 
     acc *= tl.full([], keep_scale, dtype)
@@ -122,9 +125,10 @@ def attention_mask_gradient_kernel(
     if SUM_N:
         acc, n = tl.sum(acc, 1, keep_dims=True), tl.zeros([1, 1], tl.int32)
     mask = (m < tl.maximum(seqlen_q, 1)) & (n < tl.maximum(seqlen_k, 1))
-    dMask += split.to(tl.int64) * dmask_strides[0] + own_sequence.to(tl.int64) * dmask_strides[1]
-    dMask += own_head.to(tl.int64) * dmask_strides[2]
-    offset = m.to(tl.int64) * dmask_strides[3] + n.to(tl.int64) * dmask_strides[4]
+    of_split, of_batch, of_head, of_row, of_column = dmask_strides
+    dMask += split.to(tl.int64) * of_split + own_sequence.to(tl.int64) * of_batch
+    dMask += own_head.to(tl.int64) * of_head
+    offset = m.to(tl.int64) * of_row + n.to(tl.int64) * of_column
     tl.store(dMask + offset, acc.to(dMask.dtype.element_ty), mask=mask)
 
 

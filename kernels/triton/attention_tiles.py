@@ -45,6 +45,13 @@ class Place(NamedTuple):
     seqlen: tl.tensor  # how many of its own may count
 
 
+class Rows(NamedTuple):
+    """The rows of one sequence and head."""
+
+    X: tl.tensor  # to position 0
+    stride: tl.tensor  # from row to row, in UNITs of elements, which shows their alignment
+
+
 class Masks(NamedTuple):
     """The masks of one sequence and head."""
 
@@ -175,55 +182,51 @@ def length_of(Lengths, sequence, length):
 
 @triton.jit
 def rows_of(X, strides, sequence, head, CuSeqlens, first_row, UNIT: tl.constexpr):
-    """Pointer to position 0 of a sequence and head of (B, S, H, D), or of packed (T, H, D).
-
-    strides: of batch, row and head, in UNITs of elements, which shows their alignment.
-    """
+    """The rows of a sequence and head of (B, S, H, D), or of packed (T, H, D)."""
+    batch_stride, row_stride, head_stride = strides
     if CuSeqlens is not None:
-        offset = first_row.to(tl.int64) * strides[1]
+        offset = first_row.to(tl.int64) * row_stride
     else:
-        offset = sequence.to(tl.int64) * strides[0]
-    return X + (offset + head.to(tl.int64) * strides[2]) * UNIT
+        offset = sequence.to(tl.int64) * batch_stride
+    return Rows(X + (offset + head.to(tl.int64) * head_stride) * UNIT, row_stride)
 
 
 @triton.jit
-def load_tile(
-    X, start, stride, end, BLOCK: tl.constexpr, TILE: tl.constexpr, BOUNDED: tl.constexpr
-):
-    """BLOCK rows of X from ``start`` on, [BLOCK, padded HEAD_DIM].
+def load_tile(rows, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr, BOUNDED: tl.constexpr):
+    """BLOCK rows from ``start`` on, [BLOCK, padded HEAD_DIM].
 
     Zero past HEAD_DIM and, if BOUNDED, from row ``end`` on.
     """
-    row, column, offset = tile_offsets(start, stride, BLOCK, TILE)
+    row, column, offset = tile_offsets(start, rows.stride, BLOCK, TILE)
     if BOUNDED:
-        return tl.load(X + offset, mask=(row < end) & (column < TILE.HEAD_DIM), other=0.0)
+        return tl.load(rows.X + offset, mask=(row < end) & (column < TILE.HEAD_DIM), other=0.0)
     elif padded(TILE.HEAD_DIM) != TILE.HEAD_DIM:
-        return tl.load(X + offset, mask=column < TILE.HEAD_DIM, other=0.0)
+        return tl.load(rows.X + offset, mask=column < TILE.HEAD_DIM, other=0.0)
     else:
-        return tl.load(X + offset)
+        return tl.load(rows.X + offset)
 
 
 @triton.jit
-def store_tile(X, tile, start, stride, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def store_tile(rows, tile, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Write the rows of ``tile`` that come before row ``end``."""
-    row, column, offset = tile_offsets(start, stride, BLOCK, TILE)
+    row, column, offset = tile_offsets(start, rows.stride, BLOCK, TILE)
     mask = (row < end) & (column < TILE.HEAD_DIM)
-    tl.store(X + offset, tile.to(X.dtype.element_ty), mask=mask)
+    tl.store(rows.X + offset, tile.to(rows.X.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_rows(X, tile, start, stride, n_blocks, place, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def store_rows(rows, tile, start, n_blocks, place, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Write the rows of ``tile`` that there are.
 
     Rows of a packed sequence past ``seqlen`` have no program of their own: this one zeroes every
     n_blocks-th tile after its own. How many there are is found again, not kept in a register.
     """
-    _, rows, _ = sequence_of(place)
-    store_tile(X, tile, start, stride, rows, BLOCK, TILE)
+    _, count, _ = sequence_of(place)
+    store_tile(rows, tile, start, count, BLOCK, TILE)
     if place.CuSeqlens is not None:
-        zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], X.dtype.element_ty)
-        for i in tl.range(1, tl.cdiv(rows - start, n_blocks * BLOCK)):
-            store_tile(X, zeros, start + i * n_blocks * BLOCK, stride, rows, BLOCK, TILE)
+        zeros = tl.zeros([BLOCK, padded(TILE.HEAD_DIM)], rows.X.dtype.element_ty)
+        for i in tl.range(1, tl.cdiv(count - start, n_blocks * BLOCK)):
+            store_tile(rows, zeros, start + i * n_blocks * BLOCK, count, BLOCK, TILE)
 
 
 @triton.jit
@@ -351,7 +354,8 @@ def apply_mask(scores, mask):
 @triton.jit
 def pair_offset_of(pair_strides, sequence, head, TILE: tl.constexpr):
     """Where the matrix of a sequence and head lies in a (B|1, H|1, Sq|1, Sk|1) mask."""
-    offset = sequence.to(tl.int64) * pair_strides[0] + head.to(tl.int64) * pair_strides[1]
+    batch_stride, head_stride, _ = pair_strides
+    offset = sequence.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
     return offset * TILE.PAIR_UNIT
 
 

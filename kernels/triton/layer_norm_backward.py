@@ -9,9 +9,12 @@ import triton.language as tl
 
 from fastattn.kernels.layer_norm_tiles import (
     Rows,
+    Tile,
     block_rows,
     chunk_columns,
     dropout_multiplier,
+    dropout_of,
+    load_chunks,
     load_rows,
     load_vector,
     own_sum,
@@ -58,6 +61,23 @@ def load_gradient(inputs, row, column, mask, dtype: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
+def load_gradients(inputs, row, row_mask, dtype: tl.constexpr, TILE: tl.constexpr):
+    """Whole rows of it: a tile of each chunk."""
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    tiles = ()
+    for c in tl.static_range(CHUNKS):
+        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
+        tiles += (load_gradient(inputs, row, column, row_mask & columns, dtype, TILE),)
+    return tiles
+
+
+@triton.constexpr_function
+def keeps_parameters(dtype: tl.dtype, TILE: Tile) -> bool:
+    """A thread has too few registers to keep them in, where lanes are many or types wide."""
+    return TILE.LANES < 512 and dtype == tl.float32
+
+
+@triton.jit
 def load_affine(
     Weight, Bias, column, columns, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr, TILE
 ):
@@ -77,6 +97,38 @@ def load_affine(
 
 
 @triton.jit
+def load_affines(Weight, Bias, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr):
+    """That of every chunk."""
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    affines = ()
+    for c in tl.static_range(CHUNKS):
+        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
+        affines += (load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE),)
+    return affines
+
+
+@triton.jit
+def affine_of(
+    affines, c, Weight, Bias, column, columns, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr, TILE
+):
+    """That of chunk c, kept or read again."""
+    if keeps_parameters(dtype, TILE):
+        return affines[c]
+    else:
+        return load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
+
+
+@triton.jit
+def chunk_zeros(dtype: tl.constexpr, TILE: tl.constexpr):
+    """Tiles to sum the columns of every chunk in."""
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    tiles = ()
+    for _ in tl.static_range(CHUNKS):
+        tiles += (zeros(dtype, TILE),)
+    return tiles
+
+
+@triton.jit
 def normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT: tl.constexpr, dtype: tl.constexpr):
     """xhat, from the sum or from the result."""
     if FROM_OUTPUT:
@@ -86,12 +138,62 @@ def normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT: tl.constexpr, dtyp
 
 
 @triton.jit
-def input_gradient(weighted, xhat, rstd, common, slope, TILE: tl.constexpr):
-    """rstd * (g_w - mean(g_w) - xhat * mean(g_w * xhat)), with rstd in the two means already."""
+def means(weighted_sum, projected_sum, rstd, TILE: tl.constexpr):
+    """rstd times the means of g_w and of g_w * xhat, from what each thread has summed."""
+    weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
+    return rstd * (weighted_sum / TILE.COLUMNS), rstd * (projected_sum / TILE.COLUMNS)
+
+
+@triton.jit
+def normalised_rows(
+    saved,
+    gradients,
+    mean,
+    rstd,
+    affines,
+    Weight,
+    Bias,
+    FROM_OUTPUT: tl.constexpr,
+    dtype: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """xhat, a tile of each chunk, and rstd times the means of g_w and of g_w * xhat."""
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    xhats = ()
+    weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
+    for c in tl.static_range(CHUNKS):
+        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
+        weight, inverse, bias = affine_of(
+            affines, c, Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
+        )
+        xhats += (normalised(saved[c], mean, rstd, inverse, bias, FROM_OUTPUT, dtype),)
+        weighted = gradients[c] * weight
+        weighted_sum += own_sum(weighted)
+        projected_sum += own_sum(weighted * xhats[c])
+    common, slope = means(weighted_sum, projected_sum, rstd, TILE)
+    return xhats, common, slope
+
+
+@triton.jit
+def input_gradient(weighted, xhat, rstd, common, slope, total, TILE: tl.constexpr):
+    """rstd * (g_w - mean(g_w) - xhat * mean(g_w * xhat)) + d_total, with rstd in the two means."""
     d_sum = rstd * weighted - (common + slope * xhat)
     if TILE.COLUMNS == 1:
         d_sum *= 0.0  # what is left of a cancellation that a fused multiply-add rounds once
+    if total is not None:
+        d_sum += widen(total, d_sum.dtype)
     return d_sum
+
+
+@triton.jit
+def store_gradients(dSum, dBranch, d_sum, dropout, chunk, row, column, mask, TILE: tl.constexpr):
+    """Write d_sum and what of it reaches the branch, which is returned."""
+    d_branch = d_sum
+    if dropout is not None:
+        d_branch *= dropout_multiplier(dropout, chunk, TILE)
+    store_tile(dSum, d_sum, row, column, mask, TILE)
+    store_tile(dBranch, d_branch, row, column, mask, TILE)
+    return d_branch
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -133,104 +235,67 @@ def layer_norm_backward_kernel(
     and writes these sums as one row of the parts.
     """
     dtype: tl.constexpr = Rstd.dtype.element_ty
+    CHUNKS: tl.constexpr = TILE.CHUNKS
     inputs = Inputs(
         Rows(dOut, d_out_stride),
         Rows(dCopy, d_copy_stride),
         Rows(dTotal, d_total_stride),
         Rows(Saved, saved_stride),
     )
-    CHUNKS: tl.constexpr = TILE.CHUNKS
-    d_weights, d_biases, d_x_biases = (), (), ()
-    # A thread has too few registers to keep parameters in, where lanes are many or types wide; with
-    # two stages the next rows are under way, to shared memory that must have room for them.
-    in_registers: tl.constexpr = TILE.LANES < 512 and dtype == tl.float32
-    stages: tl.constexpr = 2 if in_registers else 1
-    affines = ()
-    for c in tl.static_range(CHUNKS):
-        d_weights += (zeros(dtype, TILE),)
-        d_biases += (zeros(dtype, TILE),)
-        d_x_biases += (zeros(dtype, TILE),)
-        if in_registers:
-            column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-            affines += (load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE),)
-
-    seed = None
+    sites, affines = None, ()
     if Seed is not None:
-        seed = tl.load(Seed)
+        sites = dropout_of(Seed, site, threshold, scale, row_period, dtype)
+    if keeps_parameters(dtype, TILE):
+        affines = load_affines(Weight, Bias, FROM_OUTPUT, dtype, TILE)
+    d_weights, d_biases = chunk_zeros(dtype, TILE), chunk_zeros(dtype, TILE)
+    d_x_biases = chunk_zeros(dtype, TILE)
     blocks = tl.cdiv(n_rows, TILE.ROWS)
+    # With two stages the next rows are under way, to shared memory that must have room for them.
+    stages: tl.constexpr = 2 if keeps_parameters(dtype, TILE) else 1
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=stages):
         row, row_mask = block_rows(block, n_rows, TILE)
-        gradients, saved_tiles, totals = (), (), ()
-        for c in tl.static_range(CHUNKS):
-            column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-            mask = row_mask & columns
-            saved_tiles += (load_rows(inputs.saved, row, column, mask, TILE),)
-            gradients += (load_gradient(inputs, row, column, mask, dtype, TILE),)
-            if dTotal is not None:
-                totals += (load_rows(inputs.d_total, row, column, mask, TILE),)
+        saved = load_chunks(inputs.saved, row, row_mask, TILE)
+        gradients = load_gradients(inputs, row, row_mask, dtype, TILE)
+        totals = ()
+        if dTotal is not None:
+            totals = load_chunks(inputs.d_total, row, row_mask, TILE)
         mean = 0.0
         if not FROM_OUTPUT:
             mean = tl.load(Mean + row, mask=row_mask, other=0.0)
         rstd = tl.load(Rstd + row, mask=row_mask, other=0.0)
         dropout = None
         if Seed is not None:
-            dropout = row_dropout(
-                seed,
-                RowIndex,
-                row,
-                row_mask,
-                site,
-                threshold,
-                scale,
-                row_period,
-                BATCH_FIRST,
-                dtype,
-            )
+            dropout = row_dropout(sites, RowIndex, row, row_mask, BATCH_FIRST)
 
-        xhats = ()
-        weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
-        for c in tl.static_range(CHUNKS):
-            column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-            if in_registers:
-                weight, inverse, bias = affines[c]
-            else:
-                weight, inverse, bias = load_affine(
-                    Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
-                )
-            xhats += (normalised(saved_tiles[c], mean, rstd, inverse, bias, FROM_OUTPUT, dtype),)
-            weighted = gradients[c] * weight
-            weighted_sum += own_sum(weighted)
-            projected_sum += own_sum(weighted * xhats[c])
-        weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
-        common = rstd * (weighted_sum / TILE.COLUMNS)
-        slope = rstd * (projected_sum / TILE.COLUMNS)
-
+        xhats, common, slope = normalised_rows(
+            saved, gradients, mean, rstd, affines, Weight, Bias, FROM_OUTPUT, dtype, TILE
+        )
         new_d_weights, new_d_biases, new_d_x_biases = (), (), ()
         for c in tl.static_range(CHUNKS):
             column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-            if in_registers:
-                weight, _, _ = affines[c]
-            else:
-                weight, _, _ = load_affine(Weight, Bias, column, columns, False, dtype, TILE)
+            weight, _, _ = affine_of(affines, c, Weight, Bias, column, columns, False, dtype, TILE)
+            total = None if dTotal is None else totals[c]
             weighted = gradients[c] * weight
-            d_sum = input_gradient(weighted, xhats[c], rstd, common, slope, TILE)
-            if dTotal is not None:
-                d_sum += widen(totals[c], dtype)
-            d_branch = d_sum
-            if dropout is not None:
-                d_branch *= dropout_multiplier(dropout, c, TILE)
-            store_tile(dSum, d_sum, row, column, row_mask & columns, TILE)
-            store_tile(dBranch, d_branch, row, column, row_mask & columns, TILE)
+            d_sum = input_gradient(weighted, xhats[c], rstd, common, slope, total, TILE)
+            mask = row_mask & columns
+            d_branch = store_gradients(dSum, dBranch, d_sum, dropout, c, row, column, mask, TILE)
             new_d_weights += (d_weights[c] + gradients[c] * xhats[c],)
             new_d_biases += (d_biases[c] + gradients[c],)
             new_d_x_biases += (d_x_biases[c] + d_branch,)
         d_weights, d_biases, d_x_biases = new_d_weights, new_d_biases, new_d_x_biases
 
+    store_parts(dWeightParts, d_weights, TILE)
+    store_parts(dBiasParts, d_biases, TILE)
+    store_parts(dXBiasParts, d_x_biases, TILE)
+
+
+@triton.jit
+def store_parts(Parts, tiles, TILE: tl.constexpr):
+    """Write the sums of whole rows, a tile of each chunk."""
+    CHUNKS: tl.constexpr = TILE.CHUNKS
     for c in tl.static_range(CHUNKS):
         column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-        store_part(dWeightParts, d_weights[c], column, columns, TILE)
-        store_part(dBiasParts, d_biases[c], column, columns, TILE)
-        store_part(dXBiasParts, d_x_biases[c], column, columns, TILE)
+        store_part(Parts, tiles[c], column, columns, TILE)
 
 
 @triton.jit
@@ -291,9 +356,9 @@ def layer_norm_wide_backward_kernel(
         Rows(dTotal, d_total_stride),
         Rows(Saved, saved_stride),
     )
-    seed = None
+    sites = None
     if Seed is not None:
-        seed = tl.load(Seed)
+        sites = dropout_of(Seed, site, threshold, scale, row_period, dtype)
     for block in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mean = 0.0
@@ -302,57 +367,48 @@ def layer_norm_wide_backward_kernel(
         rstd = tl.load(Rstd + row)
         dropout = None
         if Seed is not None:
-            dropout = row_dropout(
-                seed,
-                RowIndex,
-                row,
-                row_mask,
-                site,
-                threshold,
-                scale,
-                row_period,
-                BATCH_FIRST,
-                dtype,
-            )
+            dropout = row_dropout(sites, RowIndex, row, row_mask, BATCH_FIRST)
         weighted_sum, projected_sum = own_zeros(dtype, TILE), own_zeros(dtype, TILE)
         for c in range(TILE.CHUNKS):
             column, columns = chunk_columns(c, True, TILE)
-            gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
-            saved = load_rows(inputs.saved, row, column, columns, TILE)
-            weight, inverse, bias = load_affine(
-                Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
+            gradient, weighted, xhat = load_chunk(
+                inputs, row, column, columns, mean, rstd, Weight, Bias, FROM_OUTPUT, dtype, TILE
             )
-            xhat = normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT, dtype)
-            weighted = gradient * weight
             weighted_sum += own_sum(weighted)
             projected_sum += own_sum(weighted * xhat)
-        weighted_sum, projected_sum = row_sums(weighted_sum, projected_sum)
-        common = rstd * (weighted_sum / TILE.COLUMNS)
-        slope = rstd * (projected_sum / TILE.COLUMNS)
+        common, slope = means(weighted_sum, projected_sum, rstd, TILE)
 
         for c in range(TILE.CHUNKS):
             column, columns = chunk_columns(c, True, TILE)
-            gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
-            saved = load_rows(inputs.saved, row, column, columns, TILE)
-            weight, inverse, bias = load_affine(
-                Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE
+            gradient, weighted, xhat = load_chunk(
+                inputs, row, column, columns, mean, rstd, Weight, Bias, FROM_OUTPUT, dtype, TILE
             )
-            xhat = normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT, dtype)
-            weighted = gradient * weight
-            d_sum = input_gradient(weighted, xhat, rstd, common, slope, TILE)
+            total = None
             if dTotal is not None:
                 total = load_rows(inputs.d_total, row, column, columns, TILE)
-                d_sum += widen(total, dtype)
-            d_branch = d_sum
-            if dropout is not None:
-                d_branch *= dropout_multiplier(dropout, c, TILE)
-            store_tile(dSum, d_sum, row, column, columns, TILE)
-            store_tile(dBranch, d_branch, row, column, columns, TILE)
+            d_sum = input_gradient(weighted, xhat, rstd, common, slope, total, TILE)
+            d_branch = store_gradients(dSum, dBranch, d_sum, dropout, c, row, column, columns, TILE)
             is_first = block == tl.program_id(0)
             add_to_part(dWeightParts, gradient * xhat, column, columns, is_first, TILE)
             add_to_part(dBiasParts, gradient, column, columns, is_first, TILE)
             add_to_part(dXBiasParts, d_branch, column, columns, is_first, TILE)
         tl.debug_barrier()  # what one thread wrote to the parts, another may read
+
+
+@triton.jit
+def load_chunk(
+    inputs, row, column, columns, mean, rstd, Weight, Bias, FROM_OUTPUT: tl.constexpr,
+    dtype: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A chunk of (g, g_w, xhat)."""
+    gradient = load_gradient(inputs, row, column, columns, dtype, TILE)
+    saved = load_rows(inputs.saved, row, column, columns, TILE)
+    weight, inverse, bias = load_affine(Weight, Bias, column, columns, FROM_OUTPUT, dtype, TILE)
+    return (
+        gradient,
+        gradient * weight,
+        normalised(saved, mean, rstd, inverse, bias, FROM_OUTPUT, dtype),
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -381,32 +437,17 @@ def dropout_add_backward_kernel(
     chunk = tl.program_id(1)
     column, columns = chunk_columns(chunk, True, TILE)
     d_x_bias = zeros(dtype, TILE)
-    seed = None
+    sites = None
     if Seed is not None:
-        seed = tl.load(Seed)
+        sites = dropout_of(Seed, site, threshold, scale, row_period, dtype)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, TILE.ROWS), tl.num_programs(0)):
         row, row_mask = block_rows(block, n_rows, TILE)
         mask = row_mask & columns
         total = load_rows(Rows(dTotal, d_total_stride), row, column, mask, TILE)
         dropout = None
         if Seed is not None:
-            dropout = row_dropout(
-                seed,
-                RowIndex,
-                row,
-                row_mask,
-                site,
-                threshold,
-                scale,
-                row_period,
-                BATCH_FIRST,
-                dtype,
-            )
+            dropout = row_dropout(sites, RowIndex, row, row_mask, BATCH_FIRST)
         d_sum = widen(total, dtype)
-        d_branch = d_sum
-        if dropout is not None:
-            d_branch *= dropout_multiplier(dropout, chunk, TILE)
-        store_tile(dSum, d_sum, row, column, mask, TILE)
-        store_tile(dBranch, d_branch, row, column, mask, TILE)
+        d_branch = store_gradients(dSum, dBranch, d_sum, dropout, chunk, row, column, mask, TILE)
         d_x_bias += d_branch
     store_part(dXBiasParts, d_x_bias, column, columns, TILE)

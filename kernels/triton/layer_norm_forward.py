@@ -13,6 +13,8 @@ from fastattn.kernels.layer_norm_tiles import (
     block_rows,
     chunk_columns,
     dropout_multiplier,
+    dropout_of,
+    load_chunks,
     load_rows,
     load_vector,
     narrow,
@@ -95,19 +97,13 @@ def layer_norm_forward_kernel(
     dtype: tl.constexpr = Mean.dtype.element_ty
     CHUNKS: tl.constexpr = TILE.CHUNKS
     row, row_mask = block_rows(tl.program_id(0), n_rows, TILE)
-    x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
-    x_tiles, residual_tiles = (), ()
-    for c in tl.static_range(CHUNKS):
-        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-        x_tiles += (load_rows(x_rows, row, column, row_mask & columns, TILE),)
-        if Residual is not None:
-            residual_tiles += (load_rows(residual_rows, row, column, row_mask & columns, TILE),)
+    x_tiles, residual_tiles = load_chunks(Rows(X, x_stride), row, row_mask, TILE), ()
+    if Residual is not None:
+        residual_tiles = load_chunks(Rows(Residual, residual_stride), row, row_mask, TILE)
     dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
-        dropout = row_dropout(
-            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
-        )
+        dropout = dropout_of(Seed, site, threshold, scale, row_period, dtype)
+        dropout = row_dropout(dropout, RowIndex, row, row_mask, BATCH_FIRST)
 
     sums = ()
     total = own_zeros(dtype, TILE)
@@ -175,10 +171,8 @@ def layer_norm_wide_forward_kernel(
     x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
     dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
-        dropout = row_dropout(
-            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
-        )
+        dropout = dropout_of(Seed, site, threshold, scale, row_period, dtype)
+        dropout = row_dropout(dropout, RowIndex, row, row_mask, BATCH_FIRST)
     mean = tl.zeros([1, 1, 1, 1], dtype)
     squares = tl.zeros([1, 1, 1, 1], dtype)
     for c in range(TILE.CHUNKS):
@@ -251,10 +245,8 @@ def dropout_add_forward_kernel(
         residual = load_rows(Rows(Residual, residual_stride), row, column, mask, TILE)
     dropout = None
     if Seed is not None:
-        seed = tl.load(Seed)
-        dropout = row_dropout(
-            seed, RowIndex, row, row_mask, site, threshold, scale, row_period, BATCH_FIRST, dtype
-        )
+        dropout = dropout_of(Seed, site, threshold, scale, row_period, dtype)
+        dropout = row_dropout(dropout, RowIndex, row, row_mask, BATCH_FIRST)
     rounded = rounded_sum(
         x, residual, XBias, dropout, chunk, column, columns, sum_type, dtype, TILE
     )

@@ -84,6 +84,17 @@ def load_rows(rows, row, column, mask, TILE: tl.constexpr):
 
 
 @triton.jit
+def load_chunks(rows, row, row_mask, TILE: tl.constexpr):
+    """Whole rows: a tile of each chunk."""
+    CHUNKS: tl.constexpr = TILE.CHUNKS
+    tiles = ()
+    for c in tl.static_range(CHUNKS):
+        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
+        tiles += (load_rows(rows, row, column, row_mask & columns, TILE),)
+    return tiles
+
+
+@triton.jit
 def store_tile(X, tile, row, column, mask, TILE: tl.constexpr):
     """Write a tile, rounded, to a contiguous tensor; nothing where there is none."""
     if X is not None:
@@ -163,32 +174,38 @@ def row_sums(a, b):
 # -------------------------------------------------------------------------------------- dropout
 
 
-class RowDropout(NamedTuple):
-    """What decides the dropout of rows."""
+class Dropout(NamedTuple):
+    """What decides the dropout of all rows."""
 
     seed: tl.tensor
     site: tl.tensor
-    position: tl.tensor
-    sequence: tl.tensor
+    threshold: tl.tensor
+    scale: tl.tensor  # of what is kept
+    row_period: tl.tensor
+
+
+class RowDropout(NamedTuple):
+    """What decides the dropout of some rows."""
+
+    seed: tl.tensor
+    site: tl.tensor
     threshold: tl.tensor
     scale: tl.tensor
+    position: tl.tensor
+    sequence: tl.tensor
 
 
 @triton.jit
-def row_dropout(
-    seed,
-    RowIndex,
-    row,
-    row_mask,
-    site,
-    threshold,
-    scale,
-    row_period,
-    BATCH_FIRST: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    position, sequence = token_coordinates(row, row_mask, RowIndex, row_period, BATCH_FIRST)
-    return RowDropout(seed, site, position, sequence, threshold, tl.full([], scale, dtype))
+def dropout_of(Seed, site, threshold, scale, row_period, dtype: tl.constexpr):
+    return Dropout(tl.load(Seed), site, threshold, tl.full([], scale, dtype), row_period)
+
+
+@triton.jit
+def row_dropout(dropout, RowIndex, row, row_mask, BATCH_FIRST: tl.constexpr):
+    position, sequence = token_coordinates(row, row_mask, RowIndex, dropout.row_period, BATCH_FIRST)
+    return RowDropout(
+        dropout.seed, dropout.site, dropout.threshold, dropout.scale, position, sequence
+    )
 
 
 @triton.jit
