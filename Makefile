@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make install   .venv with fastattn (editable) and everything its tests need"
 	@echo "make check     style, and the tests that need no kernels; three minutes on two cores"
-	@echo "make test      run the tests; those that need a GPU are skipped without one"
+	@echo "make test      run the tests; those that need a GPU are skipped without one; ONLY=ops for a part"
 	@echo "make bench     run the quick benchmarks on this machine and print the tables"
 	@echo "make kernel-report   compile the GPU kernels, without a GPU, and hold them to their budgets"
 	@echo "make gpu-check OUT=folder   test and benchmark on a GPU, in less than nine minutes; ONLY=op,op"
@@ -21,23 +21,17 @@ help:
 
 install: $(STAMP)
 
-# On every core where pytest-xdist is there; on a GPU in one process, whose memory and time it measures.
 test: $(STAMP)
-	@options="$$($(BIN)/python -c "$$SPREAD")" && set -x && $(BIN)/python -m pytest -q $$options
-
-# Not the interpreter's, compilers', examples' and benchmarks' tests, which take most of the time.
-SLOW := compiled interpreted cuda_on_cpu packaging pretrain finetune gpu_check benchmarks \
-	benchmarks_end_to_end benchmarks_pytest benchmarks_plots
+	$(BIN)/python -m tests $(ONLY)
 
 check: lint
-	@options="$$($(BIN)/python -c "$$SPREAD")" && set -x && \
-		$(BIN)/python -m pytest -q $$options $(SLOW:%=--ignore=tests/test_%.py)
+	$(BIN)/python -m tests --plain ops layers models packaging/test_docs.py packaging/test_structure.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick
 
 kernel-report: $(STAMP)
-	$(BIN)/python tests/compiled/report.py
+	$(BIN)/python -m tests.kernels.compiled
 
 # In .venv if that is there, else with a torch that PYTHON brings, and then nothing is installed.
 gpu-check:
@@ -101,13 +95,6 @@ $(BIN)/python:
 	else \
 		$(PYTHON) -m venv .venv; \
 	fi
-
-define SPREAD
-import importlib.util, torch
-spread = importlib.util.find_spec("xdist") and not torch.cuda.is_available()
-print("-n auto --dist loadfile" if spread else "")
-endef
-export SPREAD
 
 # Whether a virtual environment made with system packages would find a torch that is new enough. One
 # made from within a virtual environment would not: it sees what is below that, not what is in it.

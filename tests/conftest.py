@@ -1,15 +1,29 @@
-"""Shared fixtures. ``reference`` and other helpers are imported from this folder by name."""
+"""Which tests this process can run, and what every test finds when it begins."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-#: Interpreted kernels need a process of their own: tests/test_interpreted.py starts it.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+def why_not_interpreted() -> str | None:
+    """Why this process interprets no Triton kernel: that is decided when a kernel is defined."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    triton, numpy = (
+        tuple(int(number) for number in version(package).split(".")[:2])
+        for package in ("triton", "numpy")
+    )
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of Triton 3.6 needs NumPy older than 2.4"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs TRITON_INTERPRET=1, which `python -m tests` sets for it"
+    return None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,16 +34,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA GPU; none here")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU; none here",
+        "interpreted": why_not_interpreted(),
+    }
+    for item in items:
+        for mark, reason in reasons.items():
+            if reason is not None and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def sanitizer(request: pytest.FixtureRequest) -> Iterator[object]:
+    """Every kernel that is interpreted is watched: tests/kernels/interpreted/sanitizer.py."""
+    if "interpreted" not in request.keywords:
+        yield None
+        return
+    from tests.kernels.interpreted.sanitizer import Sanitizer
+
+    with Sanitizer() as installed:
+        yield installed
 
 
 @pytest.fixture(scope="module")
