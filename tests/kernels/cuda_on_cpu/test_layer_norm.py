@@ -7,18 +7,9 @@ the hardware does to floating point, the toolkit's own conversions) is not teste
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,85 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dispatch, dropout_add, dropout_add_layer_norm, layer_norm
+from fastattn import dropout_add, dropout_add_layer_norm, layer_norm
 from fastattn.extension import loading
-from fastattn.extension.layer_norm import CudaNormKernels
-from tests import ROOT, helpers, reference
-
-pybind11 = pytest.importorskip("pybind11", reason="the extension's bindings need pybind11")
-
-HERE = Path(__file__).parent
-SOURCES = (
-    *(ROOT / "csrc" / name for name in ("bindings.cpp", "layer_norm_cuda.cu")),
-    *(ROOT / "csrc" / f"{name}_cpu.cpp" for name in ("dropout", "inference", "layer_norm")),
-    *(HERE / name for name in ("controls.cpp", "planted.cu")),
-)
-MODULE = "fastattn_cuda_on_cpu"
-
-#: For what is tested here. The sanitizer, which also sees misaligned accesses of 16 bytes, ends
-#: the process; ``pytest -s`` shows what it says.
-CHECKED = (
-    *("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-)
+from tests import helpers, reference
+from tests.kernels.cuda_on_cpu.machine import Machine
 
 SEED = 2**62 + 777
 SITE = 6
 P = 0.125
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 TYPES = {f32: 0, f16: 1, bf16: 2, torch.float64: 3}
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux",
-    reason="runs CUDA kernels compiled with g++, on Linux; none here",
-)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The module that was compiled, and what its stand-in for a GPU tells."""
-
-    module: ModuleType
-    controls: ctypes.CDLL
-
-    def block(self) -> tuple[int, int]:
-        """(threads of a row, rows) of the last launch."""
-        return self.controls.last_block(0), self.controls.last_block(1)
-
-
-def compile_source(source: Path, folder: Path) -> Path:
-    compiled = folder / f"{source.name}.o"
-    command = [
-        *("g++", "-std=c++17", "-g0", "-fPIC", "-U_FORTIFY_SOURCE"),
-        *(CHECKED if source.name.startswith("layer_norm") else ("-O0",)),
-        *("-DFASTATTN_WITH_CUDA", f"-DFASTATTN_MODULE={MODULE}"),
-        '-DFASTATTN_CUDA_ARCHITECTURES="none"',
-        *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
-        *("-I", str(HERE), "-I", str(ROOT / "csrc")),
-        *("-x", "c++", "-c", str(source), "-o", str(compiled)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return compiled
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
-        objects = pool.map(partial(compile_source, folder=folder), SOURCES)
-    library = folder / f"{MODULE}.so"
-    subprocess.run(["g++", "-shared", "-fsanitize=undefined", *objects, "-o", library], check=True)
-    spec = importlib.util.spec_from_file_location(MODULE, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    controls = ctypes.CDLL(str(library))
-    controls.run_planted.restype = ctypes.c_char_p
-    controls.launch_stream.restype = ctypes.c_uint64
-    controls.from_half.restype = ctypes.c_float
-    for convert in (controls.to_half, controls.to_bfloat16):
-        convert.argtypes, convert.restype = [ctypes.c_float], ctypes.c_uint16
-    return Machine(module, controls)
 
 
 # ------------------------------------------------------------------------------- tensors in memory
@@ -1007,19 +929,11 @@ def test_missing_barrier_depends_on_the_order(machine: Machine) -> None:
 # ------------------------------------------------------------------------------ the public ops
 
 
-@pytest.fixture
-def cuda_backend(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ``cuda`` backend of the ops, on CPU tensors."""
-    monkeypatch.setattr(loading, "_extension", machine.module)
-    monkeypatch.setattr(CudaNormKernels, "_queue", lambda self, like: (0, 0, 3))
-    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
-
-
 @pytest.mark.parametrize("backend", ["cuda", "cpu"])
 @pytest.mark.parametrize("save", ["sum", "output", "copy"])
 @pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (f32, f16), (f16, bf16)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 7, 264), (3, 5, 63), (0, 8)], ids=str)
-def test_the_ops_run_the_kernels(cuda_backend: None, shape, dtypes, save, backend) -> None:
+def test_the_ops_run_the_kernels(cuda_by_gxx: None, shape, dtypes, save, backend) -> None:
     """Every option of the ops, against the PyTorch backend; C++ kernels with the sanitizer too."""
     rows = make_inputs(math.prod(shape[:-1]), shape[-1], *dtypes)
     inputs = {name: x if x.dim() == 1 else x.view(shape) for name, x in rows.items()}
@@ -1050,7 +964,7 @@ def test_the_ops_run_the_kernels(cuda_backend: None, shape, dtypes, save, backen
             assert (found[name] - x).abs().max() <= tolerance * x.abs().max(), name
 
 
-def test_the_ops_refuse_float64(cuda_backend: None) -> None:
+def test_the_ops_refuse_float64(cuda_by_gxx: None) -> None:
     x = torch.randn(2, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="cuda.*layer_norm.*no kernels for float64"):
         layer_norm(x, backend="cuda")
@@ -1075,7 +989,7 @@ def test_the_ops_refuse_float64(cuda_backend: None) -> None:
     ],
 )
 def test_a_gpu_that_was_not_built_for_is_named(
-    cuda_backend: None, monkeypatch: pytest.MonkeyPatch, built: str, runs, does_not
+    cuda_by_gxx: None, monkeypatch: pytest.MonkeyPatch, built: str, runs, does_not
 ) -> None:
     monkeypatch.setattr(loading._extension, "CUDA_ARCHITECTURES", built)
     loading._why_not_on.cache_clear()

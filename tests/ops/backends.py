@@ -1,0 +1,94 @@
+"""What runs the checks of an op (``<op>_checks.py``): each backend on each device, a line each.
+
+A check takes a ``backend`` and is run by each that has the op. Inputs and results are CPU tensors,
+so that a check need not know where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from fastattn import dispatch
+
+Layout = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of the library, and how it runs in a process of these tests."""
+
+    name: str  # what the ops call it
+    how: str = ""  # of two with one name
+    device: str = "cpu"
+    mark: pytest.MarkDecorator | None = None  # what a process needs: see tests/conftest.py
+    fixture: str | None = None  # what makes it run here
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.how}".strip()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether each kind of call makes a kernel, which takes a second or more."""
+        return self.name.startswith("triton") and self.device == "cuda"
+
+    def has(self, op: str) -> bool:
+        return self.name in dispatch.BACKENDS[op]
+
+    def of(
+        self, op: Callable[..., Any], layouts: Mapping[str, Layout] | None = None, **options: Any
+    ) -> Callable[..., Any]:
+        """``op`` by this backend. ``layouts``: views of inputs that it is given in their place."""
+        return self.there(op, layouts, backend=self.name, **options)
+
+    def there(
+        self,
+        function: Callable[..., Any],
+        layouts: Mapping[str, Layout] | None = None,
+        **options: Any,
+    ) -> Callable[..., Any]:
+        """``function(**inputs, **options)`` on this device, with inputs and results on the CPU."""
+
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: x.to(self.device) if isinstance(x, Tensor) else x
+                for name, x in values.items()
+            }
+
+        options = moved(options)
+
+        def run(**inputs: Any) -> Any:
+            given = moved(inputs)
+            for name, layout in (layouts or {}).items():
+                if given.get(name) is not None:
+                    given[name] = layout(given[name])
+            results = function(**given, **options)
+            return tuple(x.cpu() for x in results) if isinstance(results, tuple) else results.cpu()
+
+        return run
+
+
+BACKENDS = (
+    Backend("pytorch"),
+    Backend("cpu"),  # the C++ extension
+    Backend("triton", "interpreted", mark=pytest.mark.interpreted),
+    Backend("triton_gemm", "interpreted", mark=pytest.mark.interpreted),
+    Backend("cuda", "by g++", fixture="cuda_by_gxx"),
+    Backend("pytorch", "on a GPU", "cuda", mark=pytest.mark.gpu),
+    Backend("triton", "on a GPU", "cuda", mark=pytest.mark.gpu),
+    Backend("triton_gemm", "on a GPU", "cuda", mark=pytest.mark.gpu),
+    Backend("cuda", "on a GPU", "cuda", mark=pytest.mark.gpu),
+)
+
+
+def parameters(*ops: str) -> list[Any]:
+    """The backends that have one of ``ops``, to be the parameters of a test."""
+    return [
+        pytest.param(backend, id=str(backend), marks=backend.mark or ())
+        for backend in BACKENDS
+        if any(backend.has(op) for op in ops)
+    ]

@@ -1,0 +1,40 @@
+"""Gives a backend to the checks of an op: ``<op>_checks.py``, whose ``OPS`` says of which ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastattn import dispatch
+from tests.kernels.cuda_on_cpu.machine import cuda_by_gxx, machine
+from tests.ops.backends import Backend, parameters
+
+__all__ = ["cuda_by_gxx", "machine"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ops = getattr(metafunc.module, "OPS", ())
+    if metafunc.module.__name__.endswith("_checks") and "backend" in metafunc.fixturenames:
+        found = parameters(*ops)
+        if (mark := metafunc.definition.get_closest_marker("on")) is not None:
+            found = [x for x in found if x.values[0].device == mark.args[0]]
+        metafunc.parametrize("backend", found, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """One that runs here. Memory that nothing was written to is NaN, or the largest integer."""
+    chosen: Backend = request.param
+    if chosen.fixture is not None:
+        request.getfixturevalue(chosen.fixture)
+    for op in filter(chosen.has, request.module.OPS):
+        reason = dispatch.why_not(op, chosen.name, torch.device(chosen.device))
+        if reason is not None:
+            pytest.skip(f"{chosen}: {reason}")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield chosen
+    finally:
+        torch.use_deterministic_algorithms(False)
