@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build" / "gpu-check"
 OP_NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py"))
-LAYER_TESTS = "test_gpu.py"  # of the whole layer, whatever the ops
-SANITIZED_TESTS = ROOT / "tests" / "test_gpu_layer_norm.py"
+TESTS = ROOT / "tests"
+LAYER_TESTS = TESTS / "kernels" / "gpu" / "test_layer.py"  # of the whole layer, whatever the ops
+SANITIZED_TESTS = TESTS / "kernels" / "gpu" / "test_layer_norm.py"
 
 GRACE = 3.0  # seconds a step has to write what it knows, once its time is up
 PLOTTING = 30.0  # seconds
@@ -286,18 +287,19 @@ def build_steps(python: str, device: str) -> list[Step]:
 
 
 def gpu_test_files(ops: Sequence[str] | None) -> list[Path]:
-    """The files with tests marked `gpu`; with ops, that of the layer and those that name one."""
+    """The checks of ops, and the tests of `kernels/gpu`; with ops, the layer's and theirs."""
+    files = [*TESTS.glob("ops/*_checks.py"), *TESTS.glob("kernels/gpu/test_*.py")]
     return sorted(
         path
-        for path in (ROOT / "tests").rglob("test_*.py")
-        if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
-        and (ops is None or path.name == LAYER_TESTS or any(concerns(path, op) for op in ops))
+        for path in files
+        if ops is None or path == LAYER_TESTS or any(concerns(path, op) for op in ops)
     )
 
 
 def concerns(path: Path, op: str) -> bool:
     """Whether a file of tests is named after an op, or after one that the op contains."""
-    return op in path.stem or path.stem.removeprefix("test_gpu_") in op
+    subject = path.stem.removeprefix("test_").removesuffix("_checks")
+    return op in subject or subject in op
 
 
 def sanitizer_steps(python: str, device: str) -> list[Step]:
@@ -317,7 +319,7 @@ def sanitizer_steps(python: str, device: str) -> list[Step]:
 
 
 def gpu_tests(python: str, ops: Sequence[str] | None, scratch: Path) -> list[GpuTests]:
-    """A step for every file with tests marked `gpu` that the ops choose."""
+    """A step for every file of tests for a GPU that the ops choose."""
     pytest = [python, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     steps = []
     for number, path in enumerate(gpu_test_files(ops)):

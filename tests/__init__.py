@@ -1,4 +1,4 @@
-"""The tests. Helpers are imported from this package by name; docs/testing.md says what is where."""
+"""The tests: ``python -m tests`` runs them, and its docstring says how."""
 
 from pathlib import Path
 
