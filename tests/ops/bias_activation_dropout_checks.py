@@ -191,6 +191,15 @@ def test_accuracy_of_shapes(backend: Backend, shape: tuple[int, ...], dropout_p:
     check(backend, torch.randn(shape), torch.randn(shape[-1]), dropout_p, "relu")
 
 
+@pytest.mark.on("cuda")
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("columns", [3072, 3001])
+def test_accuracy_of_sizes_of_models(backend: Backend, columns: int, activation: str) -> None:
+    """More rows than programs run at once."""
+    input, bias = torch.randn(8, 1000, columns).bfloat16(), torch.randn(columns).bfloat16()
+    check(backend, input, bias, P, activation)
+
+
 @pytest.mark.parametrize("activation", EAGER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_in_the_tails(backend: Backend, dtype: torch.dtype, activation: str) -> None:
