@@ -36,6 +36,11 @@ class Backend:
         """Whether each kind of call makes a kernel, which takes a second or more."""
         return self.name.startswith("triton") and self.device == "cuda"
 
+    @property
+    def compiler(self) -> str:
+        """The backend of torch.compile: on a GPU what users run, elsewhere one that is quick."""
+        return "inductor" if self.device == "cuda" else "aot_eager"
+
     def has(self, op: str) -> bool:
         return self.name in dispatch.BACKENDS[op]
 

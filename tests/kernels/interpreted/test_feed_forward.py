@@ -1,233 +1,28 @@
-"""The Triton backends of ``feed_forward``: accuracy, decisions, gradients, what is kept."""
+"""The insides of the Triton kernels of ``feed_forward``: their tiles, marks, factors and choice.
+
+tests/ops/feed_forward_checks.py says what they compute.
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastattn import FusedEncoderLayer, explain, feed_forward, tuned, use_backend
 from fastattn.arguments import TokenDropout
 from fastattn.kernels import feed_forward_gemm as gemm
-from tests import helpers
 from tests.kernels.interpreted.sanitizer import Sanitizer
-from tests.ops import feed_forward_checks as checks
-from tests.ops.feed_forward_checks import EAGER, LAYOUTS, P, check, seed_tensor
+from tests.ops.backends import Backend
+from tests.ops.feed_forward_checks import P, check, make_inputs, options_of, seed_tensor
 
 BACKENDS = ("triton", "triton_gemm")
-SAVE_LEVELS = ("hidden", "input")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_activation = pytest.mark.parametrize("activation", EAGER)
-every_level = pytest.mark.parametrize("save", SAVE_LEVELS)
 with_and_without = pytest.mark.parametrize("dropout_p", [0.0, P])
-
-
-def make_inputs(
-    shape: tuple[int, ...] = (3, 63, 40),
-    d_ff: int = 136,
-    d_out: int = 24,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Widths that both backends take, and no tile divides."""
-    return checks.make_inputs(shape, d_ff, d_out, dtype)
-
-
-def options_of(dropout_p: float = P, **options: Any) -> dict[str, Any]:
-    return {"dropout_p": dropout_p, "seed": seed_tensor(), "site": checks.SITE, **options}
-
-
-# -------------------------------------------------------------------------------------- accuracy
-
-
-@every_level
-@with_and_without
-@every_activation
-@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
-@every_backend
-def test_accuracy_of_dtypes(backend, dtype, activation, dropout_p, save) -> None:
-    inputs = make_inputs((3, 7, 40), dtype=dtype)
-    check(inputs, dropout_p, activation, save=save, backend=backend)
-
-
-SHAPES = [(40,), (1, 40), (63, 40), (1, 1, 40), (2, 127, 8), (1, 200, 8)]
-
-
-@with_and_without
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@every_backend
-def test_accuracy_of_shapes(backend, shape, activation, dropout_p) -> None:
-    check(make_inputs(shape), dropout_p, activation, backend=backend)
-
-
-@pytest.mark.parametrize("d_ff", [8, 64, 200, 520])
-@every_backend
-def test_accuracy_of_widths(backend: str, d_ff: int) -> None:
-    check(make_inputs((2, 5, 16), d_ff, d_out=4), P, "gelu", backend=backend)
-
-
-@with_and_without
-@pytest.mark.parametrize("widths", [(7, 63, 1), (1, 1, 1), (16, 127, 3)], ids=str)
-def test_accuracy_of_odd_widths(widths: tuple[int, int, int], dropout_p: float) -> None:
-    d, d_ff, d_out = widths
-    check(make_inputs((2, 5, d), d_ff, d_out), dropout_p, "gelu", backend="triton")
-
-
-@with_and_without
-@pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
-@every_backend
-def test_without_biases(backend, activation, dropout_p) -> None:
-    inputs = {**make_inputs(), "bias1": None, "bias2": None}
-    check(inputs, dropout_p, activation, backend=backend)
-
-
-@every_level
-@pytest.mark.parametrize("layout", LAYOUTS)
-@every_backend
-def test_accuracy_of_layouts(backend: str, layout: str, save: str) -> None:
-    inputs = make_inputs((3, 21, 40))
-    inputs["input"] = LAYOUTS[layout](inputs["input"])
-    inputs["weight1"] = inputs["weight1"].repeat_interleave(2, 0)[::2]
-    inputs["weight2"] = torch.nn.functional.pad(inputs["weight2"], (1, 6))[:, 1:-6]
-    inputs["bias1"] = inputs["bias1"].repeat_interleave(2)[::2]
-    if backend == "triton":
-        inputs["weight1"] = inputs["weight1"].t().contiguous().t()
-    check(inputs, P, "gelu", save=save, backend=backend)
-    check(inputs, P, "relu", batch_first=False, save=save, backend=backend)
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 8])
-@every_level
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@every_backend
-def test_accuracy_of_chunks(backend, activation, save, chunk_tokens) -> None:
-    inputs = make_inputs((3, 7, 16), 72)
-    options = {"save": save, "chunk_tokens": chunk_tokens, "backend": backend}
-    check(inputs, P, activation, batch_first=False, **options)
-
-
-@with_and_without
-@pytest.mark.parametrize("shape", [(0, 40), (0, 5, 40), (2, 0, 40)], ids=str)
-@every_backend
-def test_no_tokens(backend: str, shape: tuple[int, ...], dropout_p: float) -> None:
-    ours = partial(feed_forward, backend=backend, **options_of(dropout_p))
-    results = helpers.results_of(ours, make_inputs(shape))
-    assert results["output 0"].shape == (*shape[:-1], 24)
-    assert all((x == 0).all() for x in results.values())
-
-
-# ------------------------------------------------------------------------------------- gradients
-
-
-@every_activation
-@every_backend
-def test_gradcheck(backend: str, activation: str) -> None:
-    inputs = make_inputs((2, 2), 4, 2, torch.float64)
-    ours = partial(feed_forward, backend=backend, activation=activation, **options_of(0.3))
-    weights = tuple(x.requires_grad_() for x in inputs.values())
-    assert torch.autograd.gradcheck(ours, weights)
-
-
-@every_backend
-def test_gradients_of_every_order(backend: str) -> None:
-    inputs = make_inputs((2, 3, 2), 4, 2, torch.float64)
-    ours = partial(feed_forward, backend=backend, activation="gelu", **options_of())
-    helpers.assert_gradients_of_every_order(ours, *inputs.values())
-
-
-@with_and_without
-@every_activation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@every_backend
-def test_levels_give_the_same_bits(backend, dtype, activation, dropout_p) -> None:
-    inputs = make_inputs((3, 7, 40), dtype=dtype)
-    ours = partial(feed_forward, backend=backend, activation=activation, **options_of(dropout_p))
-    hidden, input = (helpers.results_of(partial(ours, save=save), inputs) for save in SAVE_LEVELS)
-    assert all(torch.equal(input[name], hidden[name]) for name in hidden)
-
-
-@pytest.mark.parametrize("wanted", ["input", "weight1", "bias1", "weight2", "bias2"])
-@every_level
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@every_backend
-def test_one_gradient_alone(backend, activation, save, wanted) -> None:
-    inputs = make_inputs((2, 7, 8), 72, 4)
-    ours = partial(feed_forward, backend=backend, activation=activation, save=save, **options_of())
-    everything = helpers.results_of(ours, inputs)
-    rest = {name: x for name, x in inputs.items() if name != wanted}
-    alone = helpers.results_of(partial(ours, **rest), {wanted: inputs[wanted]})
-    name = f"gradient of {wanted}"
-    assert torch.equal(alone[name], everything[name])
-
-
-@every_level
-@every_activation
-@every_backend
-def test_backward_twice(backend: str, activation: str, save: str) -> None:
-    """What is kept is not overwritten."""
-    inputs = [x.requires_grad_() for x in make_inputs((3, 21, 40)).values()]
-    out = feed_forward(*inputs, backend=backend, activation=activation, save=save, **options_of())
-    first, second = (
-        torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True) for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-# ------------------------------------------------------------------------------------- decisions
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        {},
-        {"batch_first": False},
-        {"row_index": torch.randperm(500)[:189].int(), "row_period": 50},
-        {"column_offset": 64},
-        {"column_offset": 100},
-    ],
-    ids=lambda rows: ", ".join(rows) or "default",
-)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_the_same_elements_drop_as_on_pytorch(rows: dict, activation: str) -> None:
-    inputs = make_inputs()
-    options = options_of(0.4, activation=activation, **rows)
-    if rows.get("column_offset", 0) == 0:
-        backends = ("pytorch", *BACKENDS)
-    else:
-        backends = ("pytorch", "triton")
-    expected, *found = (
-        helpers.results_of(partial(feed_forward, **options, backend=name), inputs)
-        for name in backends
-    )
-    for results in found:
-        helpers.assert_close(results, expected, atol=1e-4, rtol=1e-4)
-
-
-@every_activation
-@every_backend
-def test_everything_dropped_leaves_the_second_bias(backend: str, activation: str) -> None:
-    inputs = make_inputs()
-    ours = partial(feed_forward, backend=backend, activation=activation, **options_of(1.0))
-    results = helpers.results_of(ours, inputs)
-    assert torch.equal(results["output 0"], inputs["bias2"].expand(3, 63, 24))
-    for name in ("input", "weight1", "bias1", "weight2"):
-        assert (results[f"gradient of {name}"] == 0).all()
-
-
-@every_activation
-@every_backend
-def test_nan_stays_in_its_row(backend: str, activation: str) -> None:
-    inputs = make_inputs()
-    inputs["input"][1, 4, 3] = float("nan")
-    out = feed_forward(**inputs, backend=backend, activation=activation, **options_of())
-    assert out[1, 4].isnan().all()
-    assert out.isnan().any(-1).sum() == 1
 
 
 # --------------------------------------------------------------------- products of other machines
@@ -239,7 +34,7 @@ def test_the_tiles_of_every_architecture(capability, activation, monkeypatch) ->
     """Several tiles down and across; forward keeps what backward starts from."""
     monkeypatch.setattr(gemm, "capability", lambda device: capability)
     inputs = make_inputs((300, 40), 328)
-    check(inputs, P, activation, backend="triton_gemm")
+    check(Backend("triton_gemm"), inputs, P, activation)
 
 
 @triton.jit
@@ -266,7 +61,7 @@ def test_a_kept_zero_of_either_sign_is_not_taken_for_a_dropped_one(dtype: torch.
 
 def test_programs_go_from_tile_to_tile(monkeypatch) -> None:
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: 1)
-    check(make_inputs((300, 40), 328), P, "gelu", backend="triton_gemm")
+    check(Backend("triton_gemm"), make_inputs((300, 40), 328))
 
 
 @pytest.mark.parametrize(
@@ -325,21 +120,6 @@ def test_a_measurement_chooses(speedup: float, monkeypatch) -> None:
 
 
 @with_and_without
-@every_activation
-@every_backend
-def test_what_is_kept(backend: str, activation: str, dropout_p: float) -> None:
-    """Besides the arguments one tensor of the hidden width, or none, in the input's dtype."""
-    inputs = {name: x.half() for name, x in make_inputs((4, 16, 32), 128, 32).items()}
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    options = options_of(dropout_p, backend=backend, activation=activation)
-    arguments = helpers.nbytes(*inputs.values(), options["seed"])
-    hidden = 4 * 16 * 128 * 2
-    assert helpers.saved_bytes(lambda: feed_forward(**inputs, **options)) == arguments + hidden
-    options["save"] = "input"
-    assert helpers.saved_bytes(lambda: feed_forward(**inputs, **options)) == arguments
-
-
-@with_and_without
 @every_backend
 def test_registration(backend: str, dropout_p: float) -> None:
     inputs = make_inputs((3, 5, 8), 12, 4)
@@ -355,18 +135,7 @@ def test_registration(backend: str, dropout_p: float) -> None:
         torch.library.opcheck(ops.feed_forward_bwd.default, sample)
 
 
-@every_backend
-def test_compiled_equals_eager(backend: str) -> None:
-    def run(input: Tensor, seed: Tensor, **weights: Tensor) -> Tensor:
-        options = {"activation": "gelu", "dropout_p": P, "seed": seed, "backend": backend}
-        return feed_forward(input.sin(), **weights, **options)
-
-    helpers.assert_compiled_equals_eager(
-        run, {**make_inputs((3, 5, 8), 12, 4), "seed": seed_tensor()}
-    )
-
-
-@every_level
+@pytest.mark.parametrize("save", ["hidden", "input"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @every_backend
 def test_every_element_is_written(sanitizer: Sanitizer, backend, activation, save) -> None:
