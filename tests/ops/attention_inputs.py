@@ -39,7 +39,7 @@ def make_inputs(
     seqlen_q: int = 63,
     seqlen_k: int = 63,
     heads: int = 2,
-    head_dim: int = 32,
+    head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor | None]:
     return {
@@ -54,7 +54,7 @@ def make_qkv(
     seqlen_q: int = 63,
     seqlen_k: int = 63,
     heads: int = 2,
-    head_dim: int = 32,
+    head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     def tokens(length: int) -> Tensor:
@@ -85,6 +85,17 @@ def skip_unless_it_takes(backend: Backend, **facts: Any) -> None:
 
 def skip_unless_it_scales(backend: Backend, scale: float) -> None:
     skip_unless_it_takes(backend, arguments=AttentionArguments(scale=scale))
+
+
+HAS_A_KERNEL = "the kinds that are compiled for the other parameters are enough"
+SHARP = "all but one P round to 0 in every row: what is left of dQ is the rounding of delta"
+ROUNDED = "delta is summed from the output, in 16 bits, and no float mask pays for its correction"
+
+
+def not_yet(request: pytest.FixtureRequest, backend: Backend, reason: str) -> None:
+    """A backend does not meet 3x eager's error of gradients that are zero but for rounding."""
+    strict = backend.device == "cpu"  # a GPU rounds in an order of its own
+    request.applymarker(pytest.mark.xfail(reason=reason, strict=strict))
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -232,7 +243,14 @@ def assert_exact(
     return found
 
 
-# ---------------------------------------------------------------------------- Triton's interpreter
+# ----------------------------------------------------------------------------- what kernels cost
+
+
+@pytest.fixture
+def few_kernels(request: pytest.FixtureRequest, backend: Backend) -> None:
+    """Where each kind of call makes a kernel, those without dropout are left to few checks."""
+    if backend.compiles and request.node.callspec.params.get("dropout_p") == 0:
+        pytest.skip(HAS_A_KERNEL)
 
 
 @pytest.fixture

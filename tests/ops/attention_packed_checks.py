@@ -31,10 +31,10 @@ from tests.ops.attention_inputs import (
 from tests.ops.backends import Backend
 
 OPS = ("attention", "attention_packed")
-pytestmark = pytest.mark.usefixtures("larger_tiles")
+pytestmark = pytest.mark.usefixtures("larger_tiles", "few_kernels")
 
 LENGTHS = [7, 0, 33, 1, 0, 12, 0]
-FP32 = (torch.float32, 32)
+FP32 = (torch.float32, 64)
 
 
 def each_packed(cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_accuracy_of_packed_cross_attention(backend: Backend, dropout_p: float) 
 @pytest.mark.parametrize("layout", QKV_LAYOUTS)
 def test_one_tensor_equals_three(backend: Backend, layout: str, dropout_p: float) -> None:
     inputs = {
-        "qkv": torch.randn(2, 33, 3, 2, 32),
+        "qkv": torch.randn(2, 33, 3, 2, 64),
         "key_padding_mask": torch.randn(2, 33),
         "attn_mask": torch.randn(2, 33, 33),
     }
@@ -183,9 +183,9 @@ def test_no_packed_tokens(backend: Backend, lengths: list[int], dropout_p: float
     ours = backend.of(
         attention_packed, **{**DROPOUT, "dropout_p": dropout_p}, cu_seqlens=cumulative(lengths)
     )
-    results = helpers.results_of(ours, {"qkv": torch.randn(0, 3, 2, 32)})
-    assert results["output 0"].shape == (0, 2, 32)
-    assert results["gradient of qkv"].shape == (0, 3, 2, 32)
+    results = helpers.results_of(ours, {"qkv": torch.randn(0, 3, 2, 64)})
+    assert results["output 0"].shape == (0, 2, 64)
+    assert results["gradient of qkv"].shape == (0, 3, 2, 64)
 
 
 def test_cumulative_lengths_of_any_stride(backend: Backend) -> None:
@@ -195,7 +195,7 @@ def test_cumulative_lengths_of_any_stride(backend: Backend) -> None:
         return attention_packed(qkv, cu_seqlens=apart, **options)
 
     options = {**DROPOUT, "cu_seqlens": lengths_tensor(0, 5, 5, 21), "max_seqlen": 16}
-    inputs = {"qkv": torch.randn(21, 3, 2, 32)}
+    inputs = {"qkv": torch.randn(21, 3, 2, 64)}
     found, expected = (
         helpers.results_of(backend.of(op, **options), inputs) for op in (strided, attention_packed)
     )
@@ -237,8 +237,8 @@ def test_rows_past_the_last_sequence_are_zero_and_reach_nothing(
 ) -> None:
     """As padding at the end of packed tokens: garbage in, zeros out, and zero gradients."""
     tokens, rows = sum(lengths), 6
-    tensors = {name: torch.randn(rows, 2, 32) for name in ("query", "key", "value")}
-    grad = torch.randn(rows, 2, 32)
+    tensors = {name: torch.randn(rows, 2, 64) for name in ("query", "key", "value")}
+    grad = torch.randn(rows, 2, 64)
     options = {**DROPOUT, "dropout_p": dropout_p}
     ours = backend.of(attention, **options, **each_packed(cumulative(lengths), 4))
 
@@ -292,11 +292,11 @@ def test_rows_of_a_sequence_past_max_seqlen(
 def test_garbage_after_packed_tokens_does_not_reach_the_projection(
     backend: Backend, dropout_p: float
 ) -> None:
-    inputs = {"x": torch.randn(6, 8), "weight": torch.randn(96, 8)}
+    inputs = {"x": torch.randn(6, 8), "weight": torch.randn(192, 8)}
 
     def project(x: Tensor, weight: Tensor, counts: Tensor, **options: Any) -> Tensor:
         poisoned = torch.where(counts, F.linear(x, weight), NAN)
-        return attention_packed(poisoned.unflatten(-1, (3, 1, 32)), **options)
+        return attention_packed(poisoned.unflatten(-1, (3, 1, 64)), **options)
 
     options = {**DROPOUT, "dropout_p": dropout_p, "counts": torch.arange(6)[:, None] < 4}
     options |= {"cu_seqlens": lengths_tensor(0, 2, 4), "max_seqlen": 2}
@@ -338,7 +338,7 @@ def test_compiled_packed_sequences_equal_eager(backend: Backend) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     options = {**DROPOUT, "cu_seqlens": cumulative(LENGTHS)}
-    inputs = {"qkv": torch.randn(sum(LENGTHS), 3, 2, 32)}
+    inputs = {"qkv": torch.randn(sum(LENGTHS), 3, 2, 64)}
     actual, expected = (
         helpers.results_of(backend.of(function, **options), inputs) for function in (compiled, run)
     )
