@@ -9,9 +9,10 @@ import torch
 
 from fastattn import dispatch
 from tests.kernels.cuda_on_cpu.machine import cuda_by_gxx, machine
+from tests.ops.attention_inputs import few_kernels, larger_tiles
 from tests.ops.backends import Backend, parameters
 
-__all__ = ["cuda_by_gxx", "machine"]
+__all__ = ["cuda_by_gxx", "few_kernels", "larger_tiles", "machine"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
