@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn import FusedEncoderLayer
+from fastattn import FusedEncoderLayer, explain
 
 WIDTH, HEADS, HIDDEN = 32, 4, 64
+CHILDREN = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+SEED = torch.tensor([17])
+
+BOTH = pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "sequence"])
 
 
 def name_of(activation: object) -> str:
@@ -43,6 +49,18 @@ def pair(
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> Tensor:
     return torch.randn(*shape, width, dtype=dtype)
+
+
+def padding_of(batch: int = 2, length: int = 5) -> Tensor:
+    return torch.arange(length) >= torch.tensor([[length], [3]]).expand(2, 1)[:batch]
+
+
+def given(seed: int) -> Tensor:
+    return torch.tensor([seed])
+
+
+def modules_of(layer: nn.Module) -> list[str]:
+    return [choice.part for choice in explain(layer, tokens(1, 2)) if choice.taken == "module"]
 
 
 def gradients(
