@@ -109,3 +109,19 @@ def assert_equal_runs(
         torch.testing.assert_close(
             got, expected, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def assert_as_exact(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Output within twice, gradients within three times the error of ``theirs``.
+
+    Errors are those against float64, so that nothing depends on the order in which a machine sums.
+    """
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert ours[name].isfinite().all(), name
+        error, allowed = ((x[name].double() - value).norm().item() for x in (ours, theirs))
+        factor = 2 if name == "output" else 3
+        assert error <= factor * allowed, f"{name}: error {error:.3g}, theirs {allowed:.3g}"

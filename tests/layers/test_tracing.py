@@ -128,7 +128,7 @@ def test_gradients_of_a_traced_layer() -> None:
 
 
 def op_cases() -> Iterator[tuple[str, Callable, Callable]]:
-    weight1, bias1, weight2 = torch.randn(24, 16), torch.randn(24), torch.randn(16, 24)
+    weight1, bias1, weight2 = torch.randn(24, 16) / 4, torch.randn(24), torch.randn(16, 24) / 5
     weight, bias = torch.rand(16) + 0.5, torch.randn(16)
 
     def qkv(batch: int, length: int) -> tuple[Tensor]:

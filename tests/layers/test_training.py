@@ -147,7 +147,9 @@ def test_threads_share_a_layer():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and all(torch.equal(out, expected) for out in found)
+    assert len(found) == 4
+    for out in found:  # a thread may have other numbers of threads to compute with
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------ checkpointing
