@@ -135,19 +135,28 @@ def test_pruned_weights(norm_first):
     set(torch.backends.quantized.supported_engines) <= {"none"}, reason="no quantised kernels here"
 )
 def test_dynamically_quantised_linears():
-    stock, fused = pair(dtype=torch.float32)
+    """What is quantised is exact here: else an error of rounding may decide what becomes of it."""
+    stock, fused = pair(dtype=torch.float32, layer_norm_eps=0.0)
+    with torch.no_grad():
+        for layer in (stock, fused):
+            layer.self_attn.out_proj.weight.zero_()
+            layer.self_attn.out_proj.bias.zero_()
+            layer.norm1.weight.fill_(1.0)
+            layer.norm1.bias.fill_(0.25)
+    signs = torch.tensor([-1.0, 1.0]).repeat(WIDTH // 2)  # of mean 0 and deviation 1
+    src = torch.stack([signs[torch.randperm(WIDTH)] for _ in range(10)]).view(2, 5, WIDTH)
+    plain = fused(src)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated, and still used
         stock, fused = (
             torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}) for layer in (stock, fused)
         )
-    src = tokens(2, 5, dtype=torch.float32)
     expected = stock.train()(src)  # in eval stock reads a weight that is no tensor, and raises
     torch.testing.assert_close(fused.eval()(src), expected)
     with torch.no_grad():
         torch.testing.assert_close(fused(src), expected)
-    plain, _ = pair(dtype=torch.float32)
-    assert type(fused.linear1) is not nn.Linear and not torch.equal(fused(src), plain(src))
+    assert type(fused.linear1) is not nn.Linear
+    assert (expected - plain).abs().max() > 1e-3
 
 
 class Doubling:
