@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn import FusedEncoderLayer
+from fastattn import FusedEncoderLayer, explain
 
 WIDTH, HEADS, HIDDEN = 32, 4, 64
+CHILDREN = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+SEED = torch.tensor([17])
+
+BOTH = pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+ORDERS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch", "sequence"])
 
 
 def name_of(activation: object) -> str:
@@ -43,6 +49,18 @@ def pair(
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> Tensor:
     return torch.randn(*shape, width, dtype=dtype)
+
+
+def padding_of(batch: int = 2, length: int = 5) -> Tensor:
+    return torch.arange(length) >= torch.tensor([[length], [3]]).expand(2, 1)[:batch]
+
+
+def given(seed: int) -> Tensor:
+    return torch.tensor([seed])
+
+
+def modules_of(layer: nn.Module) -> list[str]:
+    return [choice.part for choice in explain(layer, tokens(1, 2)) if choice.taken == "module"]
 
 
 def gradients(
@@ -91,3 +109,19 @@ def assert_equal_runs(
         torch.testing.assert_close(
             got, expected, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def assert_as_exact(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Output within twice, gradients within three times the error of ``theirs``.
+
+    Errors are those against float64, so that nothing depends on the order in which a machine sums.
+    """
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert ours[name].isfinite().all(), name
+        error, allowed = ((x[name].double() - value).norm().item() for x in (ours, theirs))
+        factor = 2 if name == "output" else 3
+        assert error <= factor * allowed, f"{name}: error {error:.3g}, theirs {allowed:.3g}"

@@ -50,9 +50,7 @@ def test_a_compiled_step_with_its_backward_is_the_eager_one() -> None:
     """The compiler is then at work while autograd calls the ops, and would enter them."""
     script = Path(__file__).with_name("torch_compile_steps.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
-    )
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     differences = json.loads(run.stdout)
     assert len(differences) == 11
