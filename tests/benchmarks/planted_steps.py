@@ -35,7 +35,9 @@ def test_absent():
 
 @mark.gpu
 def test_last():
-    INTERRUPTED and os.kill(os.getpid(), signal.SIGINT)
+    if INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_of_no_gpu():

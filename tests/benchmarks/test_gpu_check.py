@@ -34,7 +34,8 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, list
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(gpu_check, "build_steps", lambda python, device: [fails])
         patch.setattr(gpu_check, "gpu_test_files", lambda ops: [tests])
-        code = gpu_check.check(out, "cpu", ["layer_norm"], 300, few, "python -m this")
+        patch.setattr(gpu_check, "PLOTTING", SECONDS / 2)
+        code = gpu_check.check(out, "cpu", ["layer_norm"], SECONDS, few, "python -m this")
     return code, out, printed.getvalue().splitlines()
 
 
@@ -102,6 +103,10 @@ def test_the_results_are_those_of_a_run(rehearsal) -> None:
     assert results["not_run"] == []
 
 
+#: What a check may take, far more than it does however busy the machine is.
+SECONDS = 7200.0
+
+
 # ----------------------------------------------------------------------------------- what is wrong
 
 
@@ -123,7 +128,7 @@ def planted_check(out: Path, content: str, patch: pytest.MonkeyPatch) -> tuple[i
     patch.setattr(gpu_check, "gpu_test_files", lambda ops: [])
     patch.setattr(gpu_check, "quick_benchmarks", benchmarks)
     patch.setattr(gpu_check, "installed", lambda log, deadline: (sys.executable, []))
-    code = gpu_check.check(out, "cpu", ["layer_norm"], 300)
+    code = gpu_check.check(out, "cpu", ["layer_norm"], SECONDS)
     assert json.loads((out / "tests.json").read_text()) == []
     return code, (out / "summary.txt").read_text().splitlines()
 
@@ -231,7 +236,7 @@ def test_an_uninstalled_checkout_gets_an_environment(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from benchmarks import gpu_check\n"
         "assert not gpu_check.finds_kernels()\n"
-        "python, (step,) = gpu_check.installed(Path('log'), time.monotonic() + 200)\n"
+        "python, (step,) = gpu_check.installed(Path('log'), time.monotonic() + 7200)\n"
         "assert step.status == 'ok', Path('log').read_text()\n"
         "print(python)\n"
     )

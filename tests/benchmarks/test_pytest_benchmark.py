@@ -1,11 +1,13 @@
-"""`pytest benchmarks/`, the suite under pytest-benchmark, in processes of its own on the CPU."""
+"""`pytest benchmarks/`, the suite under pytest-benchmark, on the CPU."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ import torch
 from benchmarks.cases import MODES
 from benchmarks.ops import OPS
 from tests import ROOT, helpers
+
+#: Plugins of pytest that a pytest inside of another one must not have.
+NOT_INSIDE = ("cacheprovider", "faulthandler", "xdist")
 
 PLANT = """
 from dataclasses import replace
@@ -42,6 +47,26 @@ def run_pytest(*options: str, path: Path = ROOT) -> subprocess.CompletedProcess[
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfs", *options]
     environment = helpers.environment(PYTHONPATH=str(path), COLUMNS="200")
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def collect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
+    """`collect(*options)` returns pytest's exit code and what it collects, in this process."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(ROOT)
+
+    class Collected:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            self.names = [item.nodeid for item in session.items]
+
+    def collect(*options: str) -> tuple[int, list[str]]:
+        found = Collected()
+        found.names = []
+        plugins = [word for name in NOT_INSIDE for word in ("-p", f"no:{name}")]
+        return pytest.main([*plugins, "--collect-only", "-q", *options], [found]), found.names
+
+    return collect
 
 
 def outcomes(printed: str) -> dict[str, int]:
@@ -80,33 +105,27 @@ def test_times_are_saved_by_op_case_and_mode(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in groups.values())
 
 
-def test_all_cases_are_there_when_asked_for() -> None:
-    listed = {
-        options: run_pytest("benchmarks", "--device", "cpu", "--collect-only", "-q", *options)
-        for options in ((), ("--all-cases",))
-    }
-    quick, everything = (
-        {line for line in done.stdout.splitlines() if "::" in line} for done in listed.values()
-    )
-    assert quick < everything
-    assert not any("[encoder_stack-" in line for line in quick)
+def test_all_cases_are_there_when_asked_for(collect) -> None:
+    _, quick = collect("benchmarks", "--device", "cpu")
+    _, everything = collect("benchmarks", "--device", "cpu", "--all-cases")
+    assert set(quick) < set(everything)
+    assert not any("[encoder_stack-" in name for name in quick)
     stack = OPS["encoder_stack"]
     cases = len(stack.cases["cpu"])
-    found = sum("[encoder_stack-" in line for line in everything)
+    found = sum("[encoder_stack-" in name for name in everything)
     assert found == cases * len(stack.providers) * len(stack.modes)
-    assert not any(re.search(r"[^\w.+\-\[\]]", line.partition("::")[2]) for line in everything)
+    assert not any(re.search(r"[^\w.+\-\[\]]", name.partition("::")[2]) for name in everything)
 
 
-def test_pytest_alone_leaves_benchmarks_out() -> None:
-    done = run_pytest("--collect-only", "-q", "--ignore-glob=tests/test_[a-ac-z]*")
-    names = [line for line in done.stdout.splitlines() if "::" in line]
-    assert names and not [name for name in names if name.startswith("benchmarks/")]
+def test_pytest_alone_leaves_benchmarks_out(collect) -> None:
+    code, names = collect("--ignore-glob=tests/[a-oq-z]*")
+    assert code == 0
+    assert names and all(name.startswith("tests/packaging/") for name in names)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+def test_a_device_that_is_not_there_is_refused(collect, capsys, device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one here")
-    done = run_pytest("benchmarks", "--device", device, "--collect-only")
-    assert done.returncode == 4
-    assert "--device" in done.stderr
+    assert collect("benchmarks", "--device", device) == (4, [])
+    assert "--device" in capsys.readouterr().err

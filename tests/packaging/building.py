@@ -6,6 +6,7 @@ only setup.py's decisions count, scripts stand in for the compilers and note how
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -81,6 +82,21 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
+def packages_of(*modules: str) -> str:
+    """Lines of a .pth file: the folders that these modules of this Python come from."""
+    folders = {Path(importlib.import_module(name).__file__).parents[1] for name in modules}
+    return "".join(f"{folder}\n" for folder in sorted(folders))
+
+
+def ninja_alone(folder: Path) -> Path:
+    """A new folder with ninja in it, for a PATH on which there is nothing else."""
+    from ninja import BIN_DIR
+
+    folder.mkdir()
+    (folder / "ninja").symlink_to(Path(BIN_DIR, "ninja"))
+    return folder
+
+
 def failing_compiler(folder: Path) -> Path:
     """A compiler that refuses everything, with an error message."""
     text = "echo 'file.cpp:1: error: this compiler is broken' >&2\nexit 1\n"
@@ -90,6 +106,23 @@ def failing_compiler(folder: Path) -> Path:
 def quick_compiler(folder: Path) -> Path:
     """The C++ compiler, in a hurry; it notes how it was called."""
     return script(folder / "quick-c++", f'{NOTE}exec {COMPILER} "$@" -O0\n')
+
+
+def compiler_that_copies(library: Path, folder: Path) -> Path:
+    """A C++ compiler whose objects are empty and whose libraries are a copy of ``library``."""
+    text = (
+        'case " $* " in *" -c "*) from=/dev/null;; *) from=' + f"'{library}';; esac\n"
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && cp "$from" "$2"; shift; done\n'
+        "exit 0\n"
+    )
+    return script(folder / "copying-c++", NOTE + text)
+
+
+def compiler_that_only_reads(folder: Path) -> Path:
+    """A C++ compiler that reads what it would compile, so that it knows which files that takes."""
+    text = 'case " $* " in *" -c "*) set -- "$@" -E;; *) exec touch "${last:?}";; esac\n'
+    last = 'for last do [ "$before" = -o ] && break; before=$last; done\n'
+    return script(folder / "reading-c++", f'{NOTE}{last}{text}exec {COMPILER} "$@"\n')
 
 
 def calls(program: Path) -> list[str]:

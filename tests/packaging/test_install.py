@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.packaging.building import (
     COMPILER,
     HERE_ONLY,
+    LIBRARY,
+    NOT_SOURCE,
     PIP,
     STATUS,
+    calls,
     change,
+    compiler_that_copies,
     failing_compiler,
     inspect,
     install,
     needs_compiler,
-    quick_compiler,
+    packages_of,
     run,
     script,
 )
@@ -37,8 +42,10 @@ def test_isolated_install(source: Path, elsewhere: Path, tmp_path: Path) -> None
         "assert find_spec('torch') is None and find_spec('ninja') is not None\n"
     )
     change(source / "setup.py", "import subprocess\n", f"{isolated}import subprocess\n")
-    target, compiler = tmp_path / "installed", str(quick_compiler(tmp_path))
-    install(source, target, "--no-deps", FASTATTN_CUDA="0", CC=compiler, CXX=compiler)
+    target, compiler = tmp_path / "installed", compiler_that_copies(Path(os.devnull), tmp_path)
+    compilers = {"CC": str(compiler), "CXX": str(compiler)}
+    install(source, target, "--no-deps", FASTATTN_CUDA="0", **compilers)
+    assert any("csrc/bindings.cpp" in call for call in calls(compiler))
     found = inspect(sys.executable, elsewhere, PYTHONPATH=str(target))
     assert Path(found["package"]).is_relative_to(target)
 
@@ -62,22 +69,31 @@ def test_missing_compiler_is_named(source: Path, elsewhere: Path, tmp_path: Path
     assert "/nowhere/c++" in found["why_not"]
 
 
-@needs_compiler
-def test_compiler_without_openmp(source: Path, elsewhere: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def without_openmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an installation by a compiler that has no OpenMP and is in a hurry."""
+    folder = tmp_path_factory.mktemp("without-openmp")
+    source = Path(shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE))
     compiler = script(
-        tmp_path / "no-openmp-c++",
+        folder / "no-openmp-c++",
         'case " $* " in *" -fopenmp "*) echo "error: unsupported -fopenmp" >&2; exit 1;; esac\n'
         f'exec {COMPILER} "$@" -O0\n',
     )
-    target = tmp_path / "installed"
     compilers = {"CC": str(compiler), "CXX": str(compiler)}
-    install(source, target, *HERE_ONLY, FASTATTN_CUDA="0", **compilers)
-    found = inspect(sys.executable, elsewhere, PYTHONPATH=str(target))
+    install(source, folder / "installed", *HERE_ONLY, FASTATTN_CUDA="0", **compilers)
+    return folder / "installed"
+
+
+@needs_compiler
+def test_compiler_without_openmp(without_openmp: Path, elsewhere: Path) -> None:
+    found = inspect(sys.executable, elsewhere, PYTHONPATH=str(without_openmp))
     assert found["available"] is True, found["why_not"]
 
 
 @needs_compiler
-def test_editable_install(source: Path, elsewhere: Path, tmp_path: Path) -> None:
+def test_editable_install(
+    source: Path, elsewhere: Path, tmp_path: Path, without_openmp: Path
+) -> None:
     """Neither compiler works, then nvcc alone does not: what works is there, with the reasons."""
     environment = tmp_path / "venv"
     run([sys.executable, "-m", "venv", "--without-pip", str(environment)], tmp_path)
@@ -85,8 +101,8 @@ def test_editable_install(source: Path, elsewhere: Path, tmp_path: Path) -> None
     paths = run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path
     )
-    # torch and setuptools come from the environment that runs the tests
-    Path(paths.strip(), "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # they come from the environment that runs the tests
+    Path(paths.strip(), "tests.pth").write_text(packages_of("torch", "setuptools", "pybind11"))
     command = [*PIP, "--python", str(python), "install", *HERE_ONLY, "-e", str(source)]
     nvcc = script(tmp_path / "bin" / "nvcc", "echo 'nvcc fatal   : this nvcc is broken'; exit 1\n")
 
@@ -97,7 +113,7 @@ def test_editable_install(source: Path, elsewhere: Path, tmp_path: Path) -> None
     assert found["why_not_cuda"] == found["why_not"]
     assert (source / STATUS).is_file()
 
-    compiler = str(quick_compiler(tmp_path))
+    compiler = str(compiler_that_copies(without_openmp / LIBRARY, tmp_path))
     run(command, elsewhere, CC=compiler, CXX=compiler, CUDA_HOME=str(tmp_path))
     found = inspect(python, elsewhere)
     assert found["available"] is True, found["why_not"]

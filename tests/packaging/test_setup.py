@@ -17,9 +17,10 @@ from tests.packaging.building import (
     STATUS,
     calls,
     change,
+    compiler_that_only_reads,
     failing_compiler,
     needs_compiler,
-    quick_compiler,
+    ninja_alone,
     script,
 )
 
@@ -189,9 +190,11 @@ def test_without_nvcc(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH", "PATH"])
-def test_where_nvcc_is_looked_for(build: Build, variable: str) -> None:
-    toolkit = build.nvcc.parent if variable == "PATH" else build.nvcc.parent.parent
-    done = build(**{"CUDA_HOME": "", "PATH": "/nowhere", variable: str(toolkit)})
+def test_where_nvcc_is_looked_for(build: Build, tmp_path: Path, variable: str) -> None:
+    hide_usual_toolkit(build.source)
+    path = ninja_alone(tmp_path / "ninja")
+    toolkit = f"{path}:{build.nvcc.parent}" if variable == "PATH" else build.nvcc.parent.parent
+    done = build(**{"CUDA_HOME": "", "PATH": str(path), variable: str(toolkit)})
     assert done.returncode == 0, done.stderr
     assert build.status() is None
     assert calls(build.nvcc)
@@ -240,7 +243,7 @@ def test_without_ninja_the_cpu_part_is_built(build: Build) -> None:
 
 @needs_compiler
 def test_second_build_compiles_what_has_changed(build: Build, tmp_path: Path) -> None:
-    compiler = quick_compiler(tmp_path)
+    compiler = compiler_that_only_reads(tmp_path)
 
     def compiled() -> set[str]:
         done = build(CC=str(compiler), CXX=str(compiler), FASTATTN_CUDA="0")

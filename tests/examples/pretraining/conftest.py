@@ -7,36 +7,45 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="module")
+def english(english) -> Path:
+    """Its beginning: a short run would spend most of its time on the rest."""
+    text = english.read_text(encoding="utf-8")[:40_000]
+    (path := english.with_name("beginning.txt")).write_text(text, encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def run(english, tmp_path):
-    """Runs the tiny configuration on English text; later options override earlier ones."""
+def arguments(english, tmp_path):
+    """Those of the tiny configuration on English text; later options override earlier ones."""
     from tests.examples.pretraining.runs import TINY
+
+    def arguments(*options, out="run"):
+        where = ["--text", str(english), "--out", str(tmp_path / out)]
+        return [*TINY, *where, *map(str, options)]
+
+    return arguments
+
+
+@pytest.fixture
+def run(arguments, monkeypatch):
+    """Runs the program, without the plot: that takes longest of so short a run."""
     from tests.examples.programs import pretrain
 
+    monkeypatch.setattr(pretrain, "write_plot", lambda *inputs, **options: None)
+
     def run(*options, out="run", layer=None):
-        where = ["--text", str(english), "--out", str(tmp_path / out)]
-        return pretrain.main([*TINY, *where, *map(str, options)], layer)
+        return pretrain.main(arguments(*options, out=out), layer)
 
     return run
 
 
 @pytest.fixture
-def cut_short(run, monkeypatch):
-    """Runs until an exception in the step that follows ``steps`` others."""
-    from tests.examples.pretraining.runs import Killed
-    from tests.examples.programs import pretrain
+def cut_short(arguments):
+    from tests.examples.pretraining.runs import run_until_killed
 
-    def cut_short(steps, *options, **where):
-        step, left = pretrain.Trainer.step, iter(range(steps))
-
-        def counted(trainer, batches):
-            if next(left, None) is None:
-                raise Killed
-            return step(trainer, batches)
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(pretrain.Trainer, "step", counted)
-            run("--checkpoint-every", 3, *options, **where)
+    def cut_short(steps, *options, out="run"):
+        run_until_killed(steps, arguments(*options, out=out))
 
     return cut_short
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.examples.programs import pretrain, training
@@ -39,18 +40,18 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 class Killed(Exception):
-    pass
+    """In place of a signal that ends the process."""
 
 
-KILLED = """
-import os, signal, sys
-import pretrain
-step, left = pretrain.Trainer.step, iter(range({steps}))
-def counted(trainer, batches):
-    return step(trainer, batches) if next(left, None) is not None else kill()
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-pretrain.Trainer.step = counted
-pretrain.main(sys.argv[1:])
-"""
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+def run_until_killed(steps: int, arguments: list[str]) -> None:
+    """Run the program until an exception in the step that follows ``steps`` others."""
+    step, left = pretrain.Trainer.step, iter(range(steps))
+
+    def counted(trainer, batches):
+        if next(left, None) is None:
+            raise Killed
+        return step(trainer, batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretrain.Trainer, "step", counted)
+        pretrain.main([*arguments, "--checkpoint-every", "3"])

@@ -61,8 +61,8 @@ def test_loss_is_divided_among_masked_tokens_only(run, monkeypatch):
     assert result.log["train_loss"][1] == pytest.approx(math.log(500), rel=0.25)
 
 
-def test_log_and_plot_are_written(run, tmp_path):
-    log = run("--steps", 7, "--eval-every", 3).log
+def test_log_and_plot_are_written(arguments, tmp_path):
+    log = pretrain.main(arguments("--steps", 7, "--eval-every", 3)).log
     with (tmp_path / "run" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(8))

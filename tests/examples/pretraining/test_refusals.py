@@ -5,7 +5,6 @@ import math
 import pytest
 from torch import nn
 
-from tests.examples.pretraining.runs import TINY
 from tests.examples.programs import pretrain, python, refusal, text, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +111,7 @@ def test_full_disk_leaves_the_old_checkpoint(run, capsys, checkpoint, monkeypatc
     assert not list(checkpoint.parent.glob("unfinished*"))
 
 
-def test_file_size_limit_leaves_the_old_checkpoint(english, checkpoint):
+def test_file_size_limit_leaves_the_old_checkpoint(arguments, checkpoint):
     """A real failing write: the system refuses to let the file grow."""
     before = checkpoint.read_bytes()
     limited = (
@@ -121,8 +120,7 @@ def test_file_size_limit_leaves_the_old_checkpoint(english, checkpoint):
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)\n"
         "pretrain.main(sys.argv[1:])\n"
     )
-    options = [*TINY, "--text", english, "--out", checkpoint.parent, "--eval-every", 100]
-    stopped = python("-c", limited, *options, "--resume")
+    stopped = python("-c", limited, *arguments("--eval-every", 100, "--resume"))
     assert stopped.returncode == 2 and str(checkpoint) in stopped.stderr
     assert "--out" in stopped.stderr and "the last one is kept" in stopped.stderr
     assert checkpoint.read_bytes() == before
