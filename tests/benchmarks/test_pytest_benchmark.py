@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import MODES
 from benchmarks.ops import OPS
 from tests import ROOT, helpers
 
@@ -75,34 +74,40 @@ def outcomes(printed: str) -> dict[str, int]:
     return {kind: int(count) for count, kind in counts}
 
 
-def test_right_ones_pass_wrong_ones_fail_and_absent_ones_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "plant.py").write_text(PLANT)
-    eager = "[layer_norm and (-eager- or -fastattn- or -wrong- or -absent-)"
+@pytest.fixture(scope="module")
+def layer_norm(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """What a run of some providers prints, and what it saves."""
+    folder = tmp_path_factory.mktemp("layer_norm")
+    (folder / "plant.py").write_text(PLANT)
     done = run_pytest(
-        *("benchmarks", "--device", "cpu", "-p", "plant", "-k", eager, "--benchmark-disable"),
-        path=tmp_path,
-    )
-    modes = len(MODES) - 1  # a layer norm alone has no training step
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert outcomes(done.stdout) == {"passed": 2 * modes, "failed": modes, "skipped": modes}
-    assert re.search(r"FAILED .*-wrong-forward\] - .*output: error 1\.0\de-03, limit", done.stdout)
-    assert "it has no kernel for this" in done.stdout
-
-
-def test_times_are_saved_by_op_case_and_mode(tmp_path: Path) -> None:
-    saved = tmp_path / "saved.json"
-    done = run_pytest(
-        *("benchmarks", "--device", "cpu", f"--benchmark-json={saved}"),
+        *("benchmarks", "--device", "cpu", "-p", "plant"),
+        *("-k", "[layer_norm and (-eager- or -fastattn- or -wrong- or -absent-)"),
         *("--benchmark-max-time=0.05", "--benchmark-min-rounds=2"),
-        *("-k", "[layer_norm and -fastattn- and (-backward] or +backward])"),
+        f"--benchmark-json={folder / 'saved.json'}",
+        path=folder,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(saved.read_text())
-    assert content["machine_info"]["fastattn"]["device"] == "cpu"
-    groups = {found["group"]: found["stats"]["median"] for found in content["benchmarks"]}
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done, json.loads((folder / "saved.json").read_text())
+
+
+def test_right_ones_pass_wrong_ones_fail_and_absent_ones_are_skipped(layer_norm) -> None:
+    printed = layer_norm[0].stdout
+    modes = len(OPS["layer_norm"].modes)
+    assert outcomes(printed) == {"passed": 2 * modes, "failed": modes, "skipped": modes}
+    assert re.search(r"FAILED .*-wrong-forward\] - .*output: error 1\.0\de-03, limit", printed)
+    assert "it has no kernel for this" in printed
+
+
+def test_times_are_saved_by_op_case_and_mode(layer_norm) -> None:
+    saved = layer_norm[1]
+    assert saved["machine_info"]["fastattn"]["device"] == "cpu"
     name = next(case.name for case in OPS["layer_norm"].cases["cpu"] if case.quick)
-    assert set(groups) == {f"layer_norm {name} {mode}" for mode in ("backward", "forward+backward")}
-    assert all(seconds > 0 for seconds in groups.values())
+    expected = {f"layer_norm {name} {mode.name}" for mode in OPS["layer_norm"].modes}
+    for provider in ("eager", "fastattn"):
+        found = [x for x in saved["benchmarks"] if f"-{provider}-" in x["name"]]
+        groups = {x["group"]: x["stats"]["median"] for x in found}
+        assert set(groups) == expected and len(found) == len(expected)
+        assert all(seconds > 0 for seconds in groups.values())
 
 
 def test_all_cases_are_there_when_asked_for(collect) -> None:

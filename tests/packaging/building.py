@@ -90,10 +90,9 @@ def packages_of(*modules: str) -> str:
 
 def ninja_alone(folder: Path) -> Path:
     """A new folder with ninja in it, for a PATH on which there is nothing else."""
-    from ninja import BIN_DIR
-
+    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     folder.mkdir()
-    (folder / "ninja").symlink_to(Path(BIN_DIR, "ninja"))
+    (folder / "ninja").symlink_to(shutil.which("ninja", path=places))
     return folder
 
 

@@ -61,14 +61,6 @@ def test_broken_compiler_installs_the_rest(source: Path, elsewhere: Path, tmp_pa
     assert "file.cpp:1: error: this compiler is broken" in found["why_not"]
 
 
-def test_missing_compiler_is_named(source: Path, elsewhere: Path, tmp_path: Path) -> None:
-    target = tmp_path / "installed"
-    install(source, target, *HERE_ONLY, CC="/nowhere/c++", CXX="/nowhere/c++")
-    found = inspect(sys.executable, elsewhere, PYTHONPATH=str(target))
-    assert found["available"] is False
-    assert "/nowhere/c++" in found["why_not"]
-
-
 @pytest.fixture(scope="module")
 def without_openmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an installation by a compiler that has no OpenMP and is in a hurry."""

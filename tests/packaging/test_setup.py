@@ -222,6 +222,12 @@ def test_failure_leaves_nothing_of_an_earlier_build(build: Build, tmp_path: Path
     assert not list((build.source / "fastattn").glob("_[Cb]*"))
 
 
+def test_missing_compiler_is_named(build: Build) -> None:
+    done = build(CC="/nowhere/c++", CXX="/nowhere/c++")
+    assert done.returncode == 0, done.stderr
+    assert build.status().startswith("C++ extension: ") and "/nowhere/c++" in build.status()
+
+
 def test_link_that_fails(build: Build) -> None:
     """As where the toolkit has no static runtime: the C++ part is installed."""
     cannot = "*lcudart_static*) echo 'ld: cannot find -lcudart_static' >&2; exit 1;;"

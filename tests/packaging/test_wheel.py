@@ -56,6 +56,20 @@ def installed(wheel: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def found(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What a fresh process finds, in a foreign directory."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    return inspect(sys.executable, elsewhere, PYTHONPATH=str(installed))
+
+
+@pytest.fixture(scope="module")
+def printed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `python -m fastattn` prints in a foreign directory."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    return run([sys.executable, "-m", "fastattn"], elsewhere, PYTHONPATH=str(installed))
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {Path(name).parts[0].split("-")[0] for name in names} == {"fastattn"}
@@ -80,13 +94,11 @@ def test_wheel_holds_the_extension(wheel: Path) -> None:
 
 @needs_compiler
 @needs_nvcc
-def test_wheel_has_cuda_kernels(installed: Path, elsewhere: Path) -> None:
+def test_wheel_has_cuda_kernels(found: dict, printed: str) -> None:
     """The wheel's extension is imported here, where there need not be a driver."""
-    found = inspect(sys.executable, elsewhere, PYTHONPATH=str(installed))
     assert found["available"] is True, found["why_not"]
     assert found["why_not_cuda"] is None
-    report = run([sys.executable, "-m", "fastattn"], elsewhere, PYTHONPATH=str(installed))
-    assert "CUDA kernels      built for sm_90\n" in report
+    assert "CUDA kernels      built for sm_90\n" in printed
 
 
 @needs_compiler
@@ -114,24 +126,21 @@ def test_size_of_the_whole_extension() -> None:
     assert Path(loading.loaded().__file__).stat().st_size < 10e6
 
 
-def test_import_from_a_foreign_directory(installed: Path, elsewhere: Path) -> None:
-    found = inspect(sys.executable, elsewhere, PYTHONPATH=str(installed))
+def test_import_from_a_foreign_directory(found: dict, installed: Path) -> None:
     assert Path(found["package"]).is_relative_to(installed)
     assert Path(found["kernels"]).is_relative_to(installed)
     assert found["available"] is (found["why_not"] is None)
 
 
-def test_import_compiles_nothing_and_leaves_cuda_alone(installed: Path, elsewhere: Path) -> None:
-    found = inspect(sys.executable, elsewhere, PYTHONPATH=str(installed))
+def test_import_compiles_nothing_and_leaves_cuda_alone(found: dict) -> None:
     assert found["cuda_initialised"] is False
     compilers = {"triton", "ninja", "setuptools", "torch.utils.cpp_extension", "torch._inductor"}
     assert "fastattn" in found["imported"]
     assert not compilers & set(found["imported"])
 
 
-def test_environment_report_runs(installed: Path, elsewhere: Path) -> None:
-    report = run([sys.executable, "-m", "fastattn"], elsewhere, PYTHONPATH=str(installed))
-    assert fastattn.__version__ in report
+def test_environment_report_runs(printed: str) -> None:
+    assert fastattn.__version__ in printed
 
 
 def test_version_is_that_of_the_metadata(wheel: Path) -> None:

@@ -107,8 +107,8 @@ def one(english, tmp_path_factory):
 def test_two_processes_equal_one_without_dropout(started, one, how):
     """Two partial sums of a gradient differ from one sum by rounding alone.
 
-    That is some 1e-7 of it, which AdamW can blow up where a gradient is about zero: to no more than
-    a step of the learning rate. Twelve steps leave losses of about 6 alike to 1e-4.
+    The gradient of the keys' bias is nothing else, since all scores of a query change by the same:
+    AdamW may make a step of the learning rate of it.
     """
     assert started.went_on.returncode == 0, started.went_on.stderr
     path = started.folder / how / "checkpoint.safetensors"
@@ -118,8 +118,13 @@ def test_two_processes_equal_one_without_dropout(started, one, how):
     assert facts["processes"] == 2
     assert losses(log) == pytest.approx(losses(expected_log), abs=1e-4)
     for name in expected:
+        if name.startswith("model.") and name.endswith("in_proj_bias"):
+            query, key, value = tensors[name].chunk(3)
+            wanted = expected[name].chunk(3)[1]
+            assert (key - wanted).abs().max() < 2 * sum(log["learning_rate"][1:])
+            tensors[name] = torch.cat([query, wanted, value])
         if name.startswith(("model.", "optimizer.")):
-            torch.testing.assert_close(tensors[name], expected[name], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(tensors[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_first_process_alone_prints_and_says_what_has_changed(started):
