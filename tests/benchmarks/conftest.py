@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -15,12 +16,17 @@ from tests.benchmarks.tiny_layer import EAGER, FUSED, LAYER, TINY, op_with
 
 @contextlib.contextmanager
 def hurry() -> Iterator[None]:
-    """Short samples, and ceilings without their seconds of timing: no time is judged."""
+    """Short samples, and ceilings without their seconds of timing: no time is judged.
+
+    What is in memory already is left out of the garbage collections, which else take longest.
+    """
     with pytest.MonkeyPatch.context() as patch:
         known = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11, "matmul": "none"}
         patch.setattr(measure, "ceilings", lambda device, timer: known)
         patch.setattr(measure, "SAMPLE_SECONDS", 0.001)
+        gc.freeze()
         yield
+        gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
