@@ -9,14 +9,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
 from matplotlib.colors import to_rgba
 
 from benchmarks import end_to_end
 from benchmarks.environment import environment
+from tests.examples.programs import finetune, pretrain
 
 PRETRAINING = (
     "--steps 6 --batch-size 8 --seq-len 24 --d-model 32 --heads 4 --layers 1 --d-ff 64 "
@@ -238,7 +235,13 @@ def test_training_curve_is_averaged_and_the_other_is_not(tmp_path):
     assert len(curves["held_out_loss"]) == end_to_end.POINTS + 1
 
 
-def test_examples_are_run_and_what_they_found_is_kept(tmp_path, capfd):
+@pytest.mark.usefixtures("one_thread")
+def test_examples_are_run_and_what_they_found_is_kept(tmp_path, monkeypatch, capsys):
+    """In this process, since the start of another takes longest."""
+    programs = {"pretrain.py": pretrain, "finetune.py": finetune}
+    monkeypatch.setattr(
+        end_to_end, "example", lambda program, *options: programs[program].main(list(options))
+    )
     (text := tmp_path / "topics.txt").write_text("\n\n".join(sorted(topics.values())[:30]))
     with (data := tmp_path / "data.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -257,7 +260,7 @@ def test_examples_are_run_and_what_they_found_is_kept(tmp_path, capfd):
         assert run["pretraining"]["steps"] == 6
         assert [step for step, _ in run["curves"]["held_out_loss"]] == [0, 3, 6]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert end_to_end.markdown(results, path.name) in capfd.readouterr().out
+    assert end_to_end.markdown(results, path.name) in capsys.readouterr().out
 
 
 def test_program_that_fails_keeps_what_was_measured(results, tmp_path, monkeypatch):
