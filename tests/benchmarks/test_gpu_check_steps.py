@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_no_step_begins_after_the_deadline(log: Path) -> None:
 def test_time_is_shared_and_what_is_left_goes_to_the_next(log: Path, monkeypatch) -> None:
     limits: list[float] = []
     monkeypatch.setattr(gpu_check, "run_step", lambda step, log, limit: limits.append(limit))
-    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: 1000.0))
     gpu_check.run([python("", share=1), python("", share=3), python("", share=2)], log, 1060.0)
     assert [limit + gpu_check.GRACE for limit in limits] == [10, 36, 60]
 

@@ -33,9 +33,10 @@ from tests.packaging.building import (
 
 def test_isolated_install(source: Path, elsewhere: Path, tmp_path: Path) -> None:
     """The build environment holds what pyproject.toml asks for: no torch."""
-    tools = [*PIP, "download", "--no-deps", "--dest", str(tmp_path / "tools")]
+    tools = str(tmp_path / "tools")
+    fetch = [*PIP, "download", "--no-deps", "--dest", tools]
     wanted = ["setuptools>=77", "pybind11>=2.13", "ninja"]
-    if subprocess.run([*tools, *wanted], capture_output=True).returncode:
+    if subprocess.run([*fetch, *wanted], capture_output=True).returncode:
         pytest.skip("needs a package index to fetch setuptools, pybind11 and ninja from")
     isolated = (
         "from importlib.util import find_spec\n"
@@ -44,7 +45,8 @@ def test_isolated_install(source: Path, elsewhere: Path, tmp_path: Path) -> None
     change(source / "setup.py", "import subprocess\n", f"{isolated}import subprocess\n")
     target, compiler = tmp_path / "installed", compiler_that_copies(Path(os.devnull), tmp_path)
     compilers = {"CC": str(compiler), "CXX": str(compiler)}
-    install(source, target, "--no-deps", FASTATTN_CUDA="0", **compilers)
+    fetched = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": tools}
+    install(source, target, "--no-deps", FASTATTN_CUDA="0", **compilers, **fetched)
     assert any("csrc/bindings.cpp" in call for call in calls(compiler))
     found = inspect(sys.executable, elsewhere, PYTHONPATH=str(target))
     assert Path(found["package"]).is_relative_to(target)
