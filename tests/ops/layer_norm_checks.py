@@ -14,6 +14,7 @@ from fastattn import layer_norm
 from tests import helpers
 from tests.ops.backends import Backend
 from tests.ops.norms import (
+    COMPILED_COLUMNS,
     LAYOUTS,
     WIDTHS,
     away_from_zero,
@@ -26,6 +27,7 @@ from tests.ops.norms import (
     gradient_from_output,
     make_inputs,
     needs_float64,
+    needs_kernels,
     of_norm,
 )
 
@@ -38,12 +40,13 @@ def test_accuracy_of_dtypes(backend: Backend, dtype: torch.dtype) -> None:
         needs_float64(backend)
     inputs = make_inputs((3, 21, 96), dtype)
     check_norm(backend, {**inputs, "input": inputs["input"] + 3})
-    check_norm(backend, {**inputs, "weight": None, "bias": None})
+    if not backend.compiles:
+        check_norm(backend, {**inputs, "weight": None, "bias": None})
 
 
-@pytest.mark.parametrize("absent", ["weight", "bias"])
-def test_parts_may_be_absent(backend: Backend, absent: str) -> None:
-    check_norm(backend, {**make_inputs(), absent: None})
+@pytest.mark.parametrize("absent", [("weight",), ("bias",), ("weight", "bias")], ids="+".join)
+def test_parts_may_be_absent(backend: Backend, absent: tuple[str, ...]) -> None:
+    check_norm(backend, {**make_inputs(), **dict.fromkeys(absent)})
 
 
 @pytest.mark.parametrize(
@@ -64,11 +67,13 @@ def test_accuracy_of_mixed_dtypes(
     """Computed in at least fp32 whatever they are; gradients have the dtypes of the inputs."""
     if fp64 in (input, out):
         needs_float64(backend)
+    needs_kernels(backend, input == fp16)
     check_norm(backend, make_inputs((3, 21, 96), input, weight=affine, bias=affine), out_dtype=out)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), WIDTHS, ids=str)
 def test_accuracy_of_widths(backend: Backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    needs_kernels(backend, shape[1] in COMPILED_COLUMNS)
     inputs = make_inputs(shape, dtype)
     check_norm(backend, {**inputs, "input": inputs["input"] + 3})
 
@@ -102,7 +107,7 @@ def test_accuracy_of_layouts(backend: Backend, layout: str) -> None:
     check_norm(backend, make_inputs(), layouts)
 
 
-@pytest.mark.parametrize("shape", [(9, 264), (9, 265), (5, 8200)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40), (5, 8200)], ids=str)
 def test_rows_far_from_zero(backend: Backend, shape: tuple[int, int]) -> None:
     """The variance is that of the differences from the mean, not a difference of squares."""
     inputs = make_inputs(shape)
@@ -167,6 +172,7 @@ def test_accuracy_from_the_output(backend: Backend, shape, dtype: torch.dtype) -
     """At the limit of what ``why_not_from_output`` allows."""
     if dtype == fp64:
         needs_float64(backend)
+    needs_kernels(backend, dtype == bf16 or shape[-1] == 8200)
     inputs = make_inputs(shape, dtype)
     inputs["weight"] = away_from_zero(inputs["weight"])
     inputs["bias"] = (2 * inputs["weight"].abs() * inputs["bias"].sign()).to(dtype)

@@ -48,6 +48,9 @@ WIDTHS = [
     ((5, 8200), fp32),
 ]
 
+#: Those of WIDTHS for which a backend compiles kernels if that takes seconds.
+COMPILED_COLUMNS = (1, 63, 1000, 8200)
+
 
 def seed_tensor(seed: int = SEED) -> Tensor:
     return torch.tensor([seed])
@@ -81,6 +84,12 @@ def away_from_zero(weight: Tensor) -> Tensor:
 def needs_float64(backend: Backend) -> None:
     if backend.name == "cuda":
         pytest.skip("the CUDA kernels have no float64")
+
+
+def needs_kernels(backend: Backend, worth_it: bool) -> None:
+    """Skip a case that is not worth the seconds in which kernels are compiled for it."""
+    if backend.compiles and not worth_it:
+        pytest.skip("kernels like these are compiled for other cases")
 
 
 def keep_of(shape: tuple[int, ...], p: float = P, batch_first: bool = True) -> Tensor:

@@ -15,6 +15,7 @@ from fastattn import dropout_add, dropout_add_layer_norm, layer_norm
 from tests import helpers, reference
 from tests.ops.backends import Backend
 from tests.ops.norms import (
+    COMPILED_COLUMNS,
     SEED,
     SITE,
     WIDTHS,
@@ -27,6 +28,7 @@ from tests.ops.norms import (
     keep_of,
     make_inputs,
     needs_float64,
+    needs_kernels,
     of_norm,
     seed_tensor,
     without_norm,
@@ -67,6 +69,7 @@ def contract(
 
 @pytest.mark.parametrize(("shape", "dtype"), [*WIDTHS, ((130, 8), fp16), ((1, 1), fp32)], ids=str)
 def test_decisions_of_widths(backend: Backend, shape: tuple[int, int], dtype) -> None:
+    needs_kernels(backend, shape[1] in COMPILED_COLUMNS and shape[0] > 1)
     assert_kept(backend, keep_of(shape), dtype)
 
 
@@ -79,6 +82,7 @@ def test_decisions_do_not_depend_on_the_dtype(backend: Backend, columns: int, dt
     """Nor on how many elements one access takes."""
     if dtype == fp64:
         needs_float64(backend)
+    needs_kernels(backend, columns == 66)
     assert_kept(backend, keep_of((4, columns)), dtype)
 
 
