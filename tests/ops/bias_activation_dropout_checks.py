@@ -173,7 +173,7 @@ def test_accuracy_of_dtypes(backend: Backend, dtype, activation: str, dropout_p:
     few_kernels(backend, dtype in (torch.float32, torch.bfloat16) or activation in FEW)
     input, bias = 3 * torch.randn(3, 20, 72), torch.randn(72)
     check(backend, input.to(dtype), bias.to(dtype), dropout_p, activation)
-    if not backend.compiles or activation == "gelu":
+    if not backend.compiles or (activation, dtype) == ("gelu", torch.float32):
         check(backend, input.to(dtype), None, dropout_p, activation)
 
 
@@ -231,6 +231,7 @@ def test_accuracy_in_the_tails(backend: Backend, dtype: torch.dtype, activation:
     ids=str,
 )
 def test_promotion(backend: Backend, dtypes: tuple[torch.dtype, ...], dropout_p: float) -> None:
+    few_kernels(backend, dropout_p == P)
     input, bias = torch.randn(3, 5, 40).to(dtypes[0]), torch.randn(40).to(dtypes[1])
     check(backend, input, bias, dropout_p)
 
