@@ -174,7 +174,7 @@ def test_accuracy_of_shapes(backend: Backend, shape, activation, dropout_p) -> N
 
 
 @pytest.mark.parametrize(
-    "widths", [(16, 8, 8), (16, 64, 8), (16, 200, 8), (16, 520, 8), (16, 1000, 8), (8, 136, 256)]
+    "widths", [(16, 8, 8), (16, 64, 8), (16, 200, 8), (16, 520, 8), (8, 136, 256)]
     + [(1, 1, 1), (7, 63, 1), (16, 127, 3), (16, 1, 1)],
     ids=str,
 )  # fmt: skip
@@ -241,7 +241,7 @@ def test_accuracy_of_chunks(backend: Backend, activation, save, chunk_tokens) ->
     check(backend, inputs, P, activation, **options)
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 7])
+@pytest.mark.parametrize("chunk_tokens", [None, 20])
 @pytest.mark.parametrize("batch_first", [True, False])
 @relu_and_another
 def test_accuracy_of_packed_rows(backend: Backend, activation, batch_first, chunk_tokens) -> None:
@@ -300,17 +300,17 @@ def assert_kept(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decisions_of_activations(backend: Backend, dtype, activation: str, save: str) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
-    for batch_first in (True, False):
-        where = reference.coordinates((4, 18), batch_first)
-        options = {"save": save, "batch_first": batch_first}
-        assert_kept(backend, where, (4, 18, 72), dtype, activation, **options)
+    batch_first = save == "hidden"
+    where = reference.coordinates((4, 18), batch_first)
+    options = {"save": save, "batch_first": batch_first}
+    assert_kept(backend, where, (4, 18, 72), dtype, activation, **options)
 
 
 @every_level
 @relu_and_another
 def test_decisions_of_widths(backend: Backend, activation: str, save: str) -> None:
-    large = [(8, 125), (8, 128)] if backend.device == "cuda" else []
-    for tokens in [(4, 34), (4, 50), (2, 164), *large]:
+    large = [(4, 50), (2, 164), (8, 125), (8, 128)] if backend.device == "cuda" else []
+    for tokens in [(4, 34), *large]:
         shape, where = (*tokens, tokens[0] * tokens[1]), reference.coordinates(tokens)
         assert_kept(backend, where, shape, dtype_of(backend), activation, save=save)
 
@@ -326,10 +326,10 @@ def test_decisions_of_a_shard(backend: Backend, column_offset: int, activation: 
 @every_level
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_decisions_of_packed_rows(backend: Backend, batch_first: bool, save: str) -> None:
-    index = torch.randperm(200)[:136].int().repeat_interleave(2)[::2]  # strided
+    index = torch.randperm(200)[:72].int().repeat_interleave(2)[::2]  # strided
     rows = {"row_index": index, "row_period": 50, "batch_first": batch_first}
-    where = coordinates((136,), **rows)
-    assert_kept(backend, where, (136, 136), dtype_of(backend), "gelu", save=save, **rows)
+    where = coordinates((72,), **rows)
+    assert_kept(backend, where, (72, 72), dtype_of(backend), "gelu", save=save, **rows)
 
 
 @every_activation
