@@ -48,7 +48,7 @@ MASK_SHAPES = [
 
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_broadcast_masks(backend: Backend, shape: tuple[int, ...]) -> None:
-    inputs = make_inputs(seqlen_q=33, seqlen_k=21)
+    inputs = make_inputs(seqlen_q=33, seqlen_k=21, head_dim=32)
     some, floats = torch.rand(shape) < 0.3, torch.randn(shape)
     for dropout_p in (P,) if backend.compiles else (0.0, P):
         if not backend.compiles or shape[-1:] != (21,):
@@ -57,7 +57,7 @@ def test_broadcast_masks(backend: Backend, shape: tuple[int, ...]) -> None:
             check(backend, {**inputs, "attn_mask": floats}, dropout_p)
             continue
         # The same for all keys: the softmax does not depend on it.
-        check(backend, make_qkv(seqlen_q=33, seqlen_k=21), dropout_p, masks={"attn_mask": floats},
+        check(backend, make_qkv(seqlen_q=33, seqlen_k=21, head_dim=32), dropout_p, masks={"attn_mask": floats},
               ours={"attn_mask": floats})  # fmt: skip
         ours = backend.of(attention, **{**DROPOUT, "dropout_p": dropout_p})
         gradient = helpers.results_of(ours, {**inputs, "attn_mask": floats})
