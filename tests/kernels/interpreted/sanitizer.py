@@ -45,19 +45,20 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from unittest import mock
 
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton._C.libtriton import ir
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from tests.kernels.interpreted.mended_arithmetic import arithmetic_patches
+from tests.kernels.interpreted.quick_types import type_patches
 from tests.kernels.interpreted.watched_launch import Launch, Violation
 from tests.kernels.interpreted.watched_memory import POISON, POISON_LIMIT, Allocation
 
@@ -82,8 +83,9 @@ class Sanitizer:
             self._launch_patches(),
             self._memory_patches(),
             self._assertion_patches(),
-            self._bfloat16_patches(),
+            arithmetic_patches(self._fail),
             self._allocation_patches(),
+            type_patches(),
         ):
             patch = mock.patch.object(owner, name, replacement, create=name == "get_bf16")
             self._patches.enter_context(patch)
@@ -124,6 +126,9 @@ class Sanitizer:
     def _current(self) -> Launch:
         assert self._launch is not None, "an interpreted operation outside of a launch"
         return self._launch
+
+    def _fail(self, fault: str) -> NoReturn:
+        self._current.fail(fault)
 
     def _launch_patches(self) -> Iterator[tuple[Any, str, Any]]:
         call = interpreter.GridExecutor.__call__
@@ -204,7 +209,6 @@ class Sanitizer:
         def checked_update(
             builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *args: Any
         ) -> Any:
-            self._refuse_bfloat16(value)
             addresses = self._current.access("atomic", pointers, mask)
             return update(builder, operation, addresses, value, mask, *args)
 
@@ -253,75 +257,6 @@ class Sanitizer:
             method = getattr(interpreter.TensorDescHandle, name)
             yield interpreter.TensorDescHandle, name, checked_descriptor(method)
 
-    def _refuse_bfloat16(self, *operands: Any) -> None:
-        for operand in operands:
-            if isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16:
-                self._current.fail("bf16 arithmetic cannot be interpreted; convert to fp32 first")
-
-    def _bfloat16_patches(self) -> Iterator[tuple[Any, str, Any]]:
-        cast = InterpreterBuilder.cast_impl
-        cast_with_rounding = InterpreterBuilder.create_fp_to_fp
-        dot = InterpreterBuilder.create_dot
-        check_tensor = interpreter.ReduceScanOpInterface.check_tensor
-
-        def exact_cast(builder: Any, source: TensorHandle, target: tl.dtype) -> TensorHandle:
-            if source.dtype.scalar == tl.bfloat16:
-                source = _widened(source)
-            if target.scalar == tl.bfloat16:
-                return TensorHandle(bfloat16_bits(source.data.astype(np.float32)), tl.bfloat16)
-            return cast(builder, source, target)
-
-        def exact_cast_with_rounding(
-            builder: Any, source: TensorHandle, target: tl.dtype, rounding: Any
-        ) -> TensorHandle:
-            if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-                truncate = rounding == ir.ROUNDING_MODE.RTZ
-                return TensorHandle(bfloat16_bits(source.data, truncate), tl.bfloat16)
-            return cast_with_rounding(builder, source, target, rounding)
-
-        def exact_dot(
-            builder: Any, a: TensorHandle, b: TensorHandle, sums: TensorHandle, *args: Any
-        ) -> TensorHandle:
-            factors, dtype = [_widened(x).data for x in (a, b)], sums.data.dtype
-            if any(kind != "f" for kind in (dtype.kind, *(x.dtype.kind for x in factors))):
-                return dot(builder, a, b, sums, *args)
-            total = np.matmul(*(x.astype(np.float64, copy=False) for x in factors))
-            total += sums.data
-            return TensorHandle(total.astype(dtype, copy=False), sums.dtype.scalar)
-
-        def exact_sum(reduction: Any, x: tl.tensor) -> tl.tensor:
-            data = x.handle.data
-            wide = np.float64 if data.dtype.kind == "f" else None
-            total = np.sum(data, reduction.axis, wide, keepdims=reduction.keep_dims)
-            return reduction.to_tensor(np.asarray(total, data.dtype), x.dtype)
-
-        def guarded(method: Callable) -> Callable:
-            def guard(builder: Any, *operands: Any) -> TensorHandle:
-                self._refuse_bfloat16(*operands)
-                return method(builder, *operands)
-
-            return guard
-
-        def guarded_reduction(reduction: Any, tensors: Any) -> None:
-            self._refuse_bfloat16(*(tensor.handle for tensor in tensors))
-            check_tensor(reduction, tensors)
-
-        yield InterpreterBuilder, "cast_impl", exact_cast
-        yield InterpreterBuilder, "create_fp_to_fp", exact_cast_with_rounding
-        yield InterpreterBuilder, "create_dot", exact_dot
-        yield interpreter.ReduceOps, "sum", exact_sum
-        yield (
-            InterpreterBuilder,
-            "get_bf16",
-            lambda builder, value: TensorHandle(
-                bfloat16_bits(np.array([value], np.float32)), tl.bfloat16
-            ),
-        )
-        # The front end refuses bfloat16 in all other functions, or converts it to float32.
-        for name in ("binary_op", "create_fma"):
-            yield InterpreterBuilder, name, guarded(getattr(InterpreterBuilder, name))
-        yield interpreter.ReduceScanOpInterface, "check_tensor", guarded_reduction
-
     def _allocation_patches(self) -> Iterator[tuple[Any, str, Any]]:
         def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -339,18 +274,3 @@ class Sanitizer:
             yield torch, name, poisoned(getattr(torch, name))
         for name in ("new_empty", "new_empty_strided"):
             yield Tensor, name, poisoned(getattr(Tensor, name))
-
-
-def bfloat16_bits(values: np.ndarray, truncate: bool = False) -> np.ndarray:
-    """The bits of float32 values as bfloat16, rounded to nearest even, or towards zero."""
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    if not truncate:
-        bits = bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))
-    return np.where(np.isnan(values), 0x7FFF, bits >> 16).astype(np.uint16)
-
-
-def _widened(handle: TensorHandle) -> TensorHandle:
-    """A bfloat16 handle in float32, which is exact; any other handle as it is."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

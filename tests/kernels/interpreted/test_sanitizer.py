@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -30,6 +31,7 @@ class TestInstallation:
             interpreter.ReduceScanOpInterface,
             interpreter.TensorDescHandle,
             interpreter.TritonSemantic,
+            tl.block_type,
             torch,
             Tensor,
         ]

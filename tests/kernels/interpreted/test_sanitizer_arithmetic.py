@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreted.mended_arithmetic import bfloat16_bits
 from tests.kernels.interpreted.planted_kernels import (
     assume_positive,
     cast,
@@ -20,7 +21,7 @@ from tests.kernels.interpreted.planted_kernels import (
     scale,
     sum_rows,
 )
-from tests.kernels.interpreted.sanitizer import Violation, bfloat16_bits
+from tests.kernels.interpreted.sanitizer import Violation
 
 # Offsets beyond int32, and other arithmetic.
 
