@@ -1,4 +1,4 @@
-"""The floors of docs/design.md, where imports only go down; options by the names of schemas."""
+"""The floors of docs/design.md, options by the names of schemas, and the form of the tests."""
 
 from __future__ import annotations
 
@@ -137,3 +137,31 @@ def test_options_are_those_of_the_schema(op: str) -> None:
         assert fields[:2] == ["weight", "bias"]
     first = schema.index(fields[0])
     assert schema[first : first + len(fields)] == fields
+
+
+# ------------------------------------------------------------------------------------ the tests
+
+TESTS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "tests").rglob("*.py"))}
+MOST_LINES = 520  # better 500: the rest is for one table that cannot be divided
+
+
+def test_no_file_of_tests_is_too_long() -> None:
+    """None is excepted: a long one is split by subject."""
+    lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in TESTS.items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_tests_import_one_another_from_packages() -> None:
+    """By the whole name, wherever pytest was started; and two may have files of one name."""
+    stems = {path.stem for path in TESTS.values()}
+    faults = []
+    for name, path in TESTS.items():
+        packages = path.relative_to(ROOT).parents[:-1]
+        faults += [f"no {x}/__init__.py" for x in packages if f"{x}/__init__.py" not in TESTS]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                found = ["." * node.level + (node.module or "")]
+            else:
+                found = [x.name for x in node.names] if isinstance(node, ast.Import) else []
+            faults += [f"{name} imports {x}" for x in found if x.split(".")[0] in {"", *stems}]
+    assert faults == []

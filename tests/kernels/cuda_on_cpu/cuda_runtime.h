@@ -91,8 +91,8 @@ class Block {
     threads_.clear();
     for (unsigned i = 0; i < count; ++i) {
       Fiber& fiber = *fibers_[i];
+      if (fiber.state != State::done) fiber.started = false;  // a fault left it where it waited
       fiber.state = State::ready;
-      fiber.started = false;
       fiber.index = dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
       threads_.push_back(&fiber);
     }
@@ -133,8 +133,10 @@ class Block {
 
   static void entry() {
     Block& block = instance();
-    (*block.kernel_)();
-    block.wait(State::done);
+    for (;;) {  // one turn for each block that it is a thread of
+      (*block.kernel_)();
+      block.wait(State::done);
+    }
   }
 
   // Runs the lanes of a warp until all of them wait for the block or have returned.
@@ -152,7 +154,7 @@ class Block {
     return std::min<unsigned>(kWarp, unsigned(threads_.size()) - first);
   }
 
-  // Runs a thread until it waits. Only the first switch needs the system's slow one.
+  // Runs a thread until it waits. Only a fiber's first switch needs the system's slow one.
   void resume(Fiber& fiber) {
     running_ = &fiber;
     threadIdx = fiber.index;

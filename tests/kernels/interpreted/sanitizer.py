@@ -45,8 +45,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 from unittest import mock
 
@@ -54,314 +52,17 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton._C.libtriton import ir
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-#: A pointer of argument number n is n * ARGUMENT + GUARD + address: offsets in either direction
-#: leave the number alone.
-ARGUMENT = np.uint64(1 << 49)
-GUARD = np.uint64(1 << 48)
-
-#: By element size. The two largest are a NaN in every floating type of their size, and so is the
-#: one of 16 bits, in float16 and in bfloat16.
-POISON = {1: 0xA5, 2: 0x7FE5, 4: 0x7FE5A5A5, 8: 0x7FFDA5A5A5A5A5A5}
-POISON_LIMIT = 1 << 26  # bytes
-
-#: What an access must not meet from another program, and the word for it.
-CONFLICTS = {
-    "load": {"store": "stored", "atomic": "updated atomically"},
-    "store": {"store": "stored", "load": "loaded", "atomic": "updated atomically"},
-    "atomic": {"store": "stored", "load": "loaded"},
-}
-SEVERAL = -1
+from tests.kernels.interpreted.mended_arithmetic import arithmetic_patches
+from tests.kernels.interpreted.quick_types import type_patches
+from tests.kernels.interpreted.watched_launch import Launch, Violation
+from tests.kernels.interpreted.watched_memory import POISON, POISON_LIMIT, Allocation
 
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-
-class Violation(AssertionError):
-    """A fault of an interpreted kernel."""
-
-
-class Allocation:
-    """The memory of one ``torch.empty``: poison, until something is written."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        memory = torch.tensor([], dtype=torch.uint8).set_(storage)  # keeps the storage alive
-        self.address = storage.data_ptr()
-        self.itemsize = tensor.itemsize
-        self.words = memory.numpy().view(f"u{self.itemsize}")
-        self.words.fill(POISON[self.itemsize])
-        self.stored = np.zeros(self.words.size, bool)
-        self.is_distinct = tensor.itemsize > 1 or tensor.dtype == torch.bool
-
-    def elements(self, addresses: np.ndarray, width: int) -> np.ndarray:
-        first = (addresses - self.address) // self.itemsize
-        return _spread(first, max(1, width // self.itemsize))
-
-    def unwritten(self, elements: np.ndarray | slice = slice(None)) -> np.ndarray:
-        return ~self.stored[elements] & (self.words[elements] == POISON[self.itemsize])
-
-
-class Shadow:
-    """Which program touched each unit of a storage in this launch, in pages made when first used.
-
-    Programs count from 1; 0 stands for none and SEVERAL for more than one.
-    """
-
-    PAGE = 1 << 12  # units
-
-    def __init__(self, address: int, nbytes: int, unit: int) -> None:
-        self.address = address
-        self.unit = unit
-        self.page_rows = np.full(-(-nbytes // (unit * self.PAGE)), -1, np.int32)
-        self.used_rows = 0
-        self.programs = {kind: np.zeros(0, np.int32) for kind in CONFLICTS}
-
-    def cells(self, addresses: np.ndarray, width: int) -> np.ndarray:
-        """Where the units of every access lie in the arrays of ``programs``."""
-        units = _spread((addresses - self.address) // self.unit, width // self.unit)
-        pages, offsets = units // self.PAGE, units % self.PAGE
-        rows = self.page_rows[pages]
-        if (rows < 0).any():
-            self._add_pages(np.unique(pages[rows < 0]))
-            rows = self.page_rows[pages]
-        return rows * self.PAGE + offsets
-
-    def _add_pages(self, pages: np.ndarray) -> None:
-        end = self.used_rows + pages.size
-        self.page_rows[pages] = np.arange(self.used_rows, end)
-        self.used_rows = end
-        for kind, programs in self.programs.items():
-            if programs.size < end * self.PAGE:
-                grown = np.zeros(max(end * self.PAGE, 2 * programs.size), np.int32)
-                grown[: programs.size] = programs
-                self.programs[kind] = grown
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor argument: which addresses are elements of it."""
-
-    name: str
-    tensor: Tensor
-    shadow: Shadow
-    allocation: Allocation | None
-
-    @cached_property
-    def address(self) -> int:
-        return self.tensor.data_ptr()
-
-    @cached_property
-    def extent(self) -> int:
-        """Elements from the first to the last, gaps included."""
-        if self.tensor.numel() == 0:
-            return 0
-        shape, stride = self.tensor.shape, self.tensor.stride()
-        return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-    @cached_property
-    def dimensions(self) -> list[tuple[int, int]] | None:
-        """(stride, size), widest first, neighbours merged; None where elements may overlap."""
-        shape, stride = self.tensor.shape, self.tensor.stride()
-        merged: list[tuple[int, int]] = []
-        extent = 1
-        for step, size in sorted(zip(stride, shape, strict=True)):
-            if size == 1 or step == 0:
-                continue
-            if step < extent:
-                return None
-            if merged and step == merged[-1][0] * merged[-1][1]:
-                merged[-1] = (merged[-1][0], merged[-1][1] * size)
-            else:
-                merged.append((step, size))
-            extent += step * (size - 1)
-        return merged[::-1]
-
-    @cached_property
-    def members(self) -> np.ndarray:
-        """Whether each element of the extent belongs to the view, for views that overlap."""
-        members = torch.zeros(self.extent, dtype=torch.bool)
-        members.as_strided(self.tensor.shape, self.tensor.stride()).fill_(True)
-        return members.numpy()
-
-    def contains(self, elements: np.ndarray) -> np.ndarray:
-        """Whether elements, counted from the first one of the view, belong to it."""
-        inside = (elements >= 0) & (elements < self.extent)
-        if self.dimensions is None:
-            inside[inside] = self.members[elements[inside]]
-            return inside
-        for step, size in self.dimensions:
-            if step > 1:
-                index, elements = elements // step, elements % step
-                inside &= index < size
-            else:
-                inside &= elements < size
-                elements = np.zeros_like(elements)
-        return inside & (elements == 0)
-
-    def index(self, element: int) -> tuple[int, ...]:
-        """The index of an element of a view whose elements do not overlap."""
-        index = [0] * self.tensor.dim()
-        for dim in sorted(range(self.tensor.dim()), key=self.tensor.stride, reverse=True):
-            if self.tensor.shape[dim] > 1 and self.tensor.stride(dim) > 0:
-                index[dim], element = divmod(element, self.tensor.stride(dim))
-        return tuple(index)
-
-    def describe(self, address: int) -> str:
-        """The view, and where in it an address lies."""
-        offset = address - self.address
-        element = offset // self.tensor.itemsize
-        if self.dimensions is not None and self.contains(np.array([element])).all():
-            place = f"element {self.index(element)}, byte {offset}"
-        else:
-            place = f"element offset {element}, byte {offset}"
-        dtype = str(self.tensor.dtype).removeprefix("torch.")
-        shape, stride = tuple(self.tensor.shape), self.tensor.stride()
-        return f"argument {self.name!r} ({dtype}, shape {shape}, stride {stride}) at {place}"
-
-
-class Launch:
-    """One launch of a kernel: its arguments, and what its programs have touched so far."""
-
-    def __init__(self, kernel: str, allocations: dict[int, Allocation]) -> None:
-        self.kernel = kernel
-        self.allocations = allocations
-        self.views: dict[int, View] = {}  # by the number that pointers carry
-        self.numbers: dict[int, int] = {}  # by the id of the argument
-        self.patched_modules: set[str] = set()
-        self.grid: tuple[int, int, int] | None = None
-        self.program = 0
-
-    def fail(self, fault: str) -> NoReturn:
-        where = "before the first program"
-        if self.program:
-            where = f"program {self._coordinates(self.program)}"
-        raise Violation(f"{self.kernel}, {where}: {fault}")
-
-    def start_program(self, grid: tuple[int, int, int], x: int, y: int, z: int) -> None:
-        self.grid = grid
-        self.program = 1 + (x * grid[1] + y) * grid[2] + z
-
-    def _coordinates(self, program: int) -> tuple[int, ...]:
-        assert self.grid is not None
-        return tuple(int(i) for i in np.unravel_index(program - 1, self.grid))
-
-    def add_arguments(self, arguments: dict[str, Any]) -> None:
-        tensors = [leaf for name, value in arguments.items() for leaf in _tensors(name, value)]
-        units: dict[int, int] = {}
-        for _, _, tensor in tensors:
-            address = tensor.untyped_storage().data_ptr()
-            units[address] = min(tensor.itemsize, units.get(address, tensor.itemsize))
-        shadows: dict[int, Shadow] = {}
-        for number, (name, argument, tensor) in enumerate(tensors, start=1):
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in shadows:
-                shadows[address] = Shadow(address, storage.nbytes(), units[address])
-            allocation = self.allocations.get(address)
-            self.views[number] = View(name, tensor, shadows[address], allocation)
-            self.numbers[id(argument)] = number
-
-    def tag(self, argument: Any) -> np.uint64 | None:
-        """What to add to the address of an argument, if it is a tensor."""
-        number = self.numbers.get(id(argument))
-        return None if number is None else np.uint64(number) * ARGUMENT + GUARD
-
-    def access(self, kind: str, pointers: TensorHandle, mask: Any = None) -> TensorHandle:
-        """Check an access of every active lane; returns the pointers as addresses."""
-        tagged = np.asarray(pointers.data)
-        active = tagged.ravel()
-        if mask is not None:
-            # A handle or, from a descriptor, an array: both have ``data``.
-            active = tagged[np.broadcast_to(np.asarray(mask.data, bool), tagged.shape)]
-        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        numbers = active // ARGUMENT
-        for number in np.unique(numbers):
-            addresses = (active[numbers == number] % ARGUMENT - GUARD).view(np.int64)
-            if int(number) not in self.views:
-                self.fail(f"{kind} through a pointer that comes from no argument")
-            self._check(kind, self.views[int(number)], addresses, width)
-        return TensorHandle(tagged % ARGUMENT - GUARD, pointers.dtype)
-
-    def _check(self, kind: str, view: View, addresses: np.ndarray, width: int) -> None:
-        misaligned = addresses % width != 0
-        if misaligned.any():
-            self._fail_at(kind, view, addresses, misaligned, f"misaligned for {width} bytes")
-        itemsize = view.tensor.itemsize
-        if width < itemsize:
-            everywhere = np.ones(addresses.size, bool)
-            fault = f"{width} bytes are less than an element; pass a view of the narrower dtype"
-            self._fail_at(kind, view, addresses, everywhere, fault)
-        starts = _spread(addresses, width // itemsize, itemsize)
-        outside = ~view.contains((starts - view.address) // itemsize)
-        if outside.any():
-            fault = self._explain_outside(view, int(starts[outside][0]))
-            self._fail_at(kind, view, starts, outside, f"out of bounds: {fault}")
-        if view.allocation is not None:
-            self._check_written(kind, view, view.allocation, addresses, width)
-        self._check_races(kind, view, addresses, width)
-
-    def _explain_outside(self, view: View, address: int) -> str:
-        element = (address - view.address) // view.tensor.itemsize
-        if element < 0:
-            where = f"{-element} elements before the view"
-        elif element < view.extent:
-            where = "in a gap of the view"
-        else:
-            where = f"{element - view.extent + 1} elements past the end of the view"
-        for other in self.views.values():
-            offset = np.array([(address - other.address) // other.tensor.itemsize])
-            if other is not view and other.contains(offset).all():
-                return f"{where}, in argument {other.name!r}"
-        return where
-
-    def _check_written(
-        self, kind: str, view: View, allocation: Allocation, addresses: np.ndarray, width: int
-    ) -> None:
-        elements = allocation.elements(addresses, width)
-        if kind != "store" and allocation.is_distinct:
-            unwritten = allocation.unwritten(elements)
-            if unwritten.any():
-                starts = allocation.address + elements * allocation.itemsize
-                self._fail_at(kind, view, starts, unwritten, "reads uninitialised memory")
-        if kind != "load":
-            allocation.stored[elements] = True
-
-    def _check_races(self, kind: str, view: View, addresses: np.ndarray, width: int) -> None:
-        shadow = view.shadow
-        cells = shadow.cells(addresses, width)
-        starts = _spread(addresses, width // shadow.unit, shadow.unit)
-        for earlier, verb in CONFLICTS[kind].items():
-            programs = shadow.programs[earlier][cells]
-            raced = (programs != 0) & (programs != self.program)
-            if raced.any():
-                other = int(programs[raced][0])
-                who = "others" if other == SEVERAL else f"program {self._coordinates(other)}"
-                self._fail_at(kind, view, starts, raced, f"race with what {who} {verb}")
-        touched = shadow.programs[kind]
-        if kind == "store":
-            lanes = np.arange(1, cells.size + 1, dtype=np.int32)
-            touched[cells] = lanes
-            repeated = touched[cells] != lanes
-            if repeated.any():
-                self._fail_at(kind, view, starts, repeated, "one store names the element twice")
-            touched[cells] = self.program
-        else:
-            before = touched[cells]
-            alone = (before == 0) | (before == self.program)
-            touched[cells] = np.where(alone, self.program, SEVERAL)
-
-    def _fail_at(
-        self, kind: str, view: View, addresses: np.ndarray, faulty: np.ndarray, fault: str
-    ) -> NoReturn:
-        more = int(faulty.sum()) - 1
-        place = view.describe(int(addresses[faulty][0]))
-        self.fail(f"{kind} of {place}{f' and {more} more' if more else ''}: {fault}")
 
 
 class Sanitizer:
@@ -382,8 +83,9 @@ class Sanitizer:
             self._launch_patches(),
             self._memory_patches(),
             self._assertion_patches(),
-            self._bfloat16_patches(),
+            arithmetic_patches(self._fail),
             self._allocation_patches(),
+            type_patches(),
         ):
             patch = mock.patch.object(owner, name, replacement, create=name == "get_bf16")
             self._patches.enter_context(patch)
@@ -424,6 +126,9 @@ class Sanitizer:
     def _current(self) -> Launch:
         assert self._launch is not None, "an interpreted operation outside of a launch"
         return self._launch
+
+    def _fail(self, fault: str) -> NoReturn:
+        self._current.fail(fault)
 
     def _launch_patches(self) -> Iterator[tuple[Any, str, Any]]:
         call = interpreter.GridExecutor.__call__
@@ -504,7 +209,6 @@ class Sanitizer:
         def checked_update(
             builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *args: Any
         ) -> Any:
-            self._refuse_bfloat16(value)
             addresses = self._current.access("atomic", pointers, mask)
             return update(builder, operation, addresses, value, mask, *args)
 
@@ -553,75 +257,6 @@ class Sanitizer:
             method = getattr(interpreter.TensorDescHandle, name)
             yield interpreter.TensorDescHandle, name, checked_descriptor(method)
 
-    def _refuse_bfloat16(self, *operands: Any) -> None:
-        for operand in operands:
-            if isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16:
-                self._current.fail("bf16 arithmetic cannot be interpreted; convert to fp32 first")
-
-    def _bfloat16_patches(self) -> Iterator[tuple[Any, str, Any]]:
-        cast = InterpreterBuilder.cast_impl
-        cast_with_rounding = InterpreterBuilder.create_fp_to_fp
-        dot = InterpreterBuilder.create_dot
-        check_tensor = interpreter.ReduceScanOpInterface.check_tensor
-
-        def exact_cast(builder: Any, source: TensorHandle, target: tl.dtype) -> TensorHandle:
-            if source.dtype.scalar == tl.bfloat16:
-                source = _widened(source)
-            if target.scalar == tl.bfloat16:
-                return TensorHandle(bfloat16_bits(source.data.astype(np.float32)), tl.bfloat16)
-            return cast(builder, source, target)
-
-        def exact_cast_with_rounding(
-            builder: Any, source: TensorHandle, target: tl.dtype, rounding: Any
-        ) -> TensorHandle:
-            if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-                truncate = rounding == ir.ROUNDING_MODE.RTZ
-                return TensorHandle(bfloat16_bits(source.data, truncate), tl.bfloat16)
-            return cast_with_rounding(builder, source, target, rounding)
-
-        def exact_dot(
-            builder: Any, a: TensorHandle, b: TensorHandle, sums: TensorHandle, *args: Any
-        ) -> TensorHandle:
-            factors, dtype = [_widened(x).data for x in (a, b)], sums.data.dtype
-            if any(kind != "f" for kind in (dtype.kind, *(x.dtype.kind for x in factors))):
-                return dot(builder, a, b, sums, *args)
-            total = np.matmul(*(x.astype(np.float64, copy=False) for x in factors))
-            total += sums.data
-            return TensorHandle(total.astype(dtype, copy=False), sums.dtype.scalar)
-
-        def exact_sum(reduction: Any, x: tl.tensor) -> tl.tensor:
-            data = x.handle.data
-            wide = np.float64 if data.dtype.kind == "f" else None
-            total = np.sum(data, reduction.axis, wide, keepdims=reduction.keep_dims)
-            return reduction.to_tensor(np.asarray(total, data.dtype), x.dtype)
-
-        def guarded(method: Callable) -> Callable:
-            def guard(builder: Any, *operands: Any) -> TensorHandle:
-                self._refuse_bfloat16(*operands)
-                return method(builder, *operands)
-
-            return guard
-
-        def guarded_reduction(reduction: Any, tensors: Any) -> None:
-            self._refuse_bfloat16(*(tensor.handle for tensor in tensors))
-            check_tensor(reduction, tensors)
-
-        yield InterpreterBuilder, "cast_impl", exact_cast
-        yield InterpreterBuilder, "create_fp_to_fp", exact_cast_with_rounding
-        yield InterpreterBuilder, "create_dot", exact_dot
-        yield interpreter.ReduceOps, "sum", exact_sum
-        yield (
-            InterpreterBuilder,
-            "get_bf16",
-            lambda builder, value: TensorHandle(
-                bfloat16_bits(np.array([value], np.float32)), tl.bfloat16
-            ),
-        )
-        # The front end refuses bfloat16 in all other functions, or converts it to float32.
-        for name in ("binary_op", "create_fma"):
-            yield InterpreterBuilder, name, guarded(getattr(InterpreterBuilder, name))
-        yield interpreter.ReduceScanOpInterface, "check_tensor", guarded_reduction
-
     def _allocation_patches(self) -> Iterator[tuple[Any, str, Any]]:
         def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -639,36 +274,3 @@ class Sanitizer:
             yield torch, name, poisoned(getattr(torch, name))
         for name in ("new_empty", "new_empty_strided"):
             yield Tensor, name, poisoned(getattr(Tensor, name))
-
-
-def bfloat16_bits(values: np.ndarray, truncate: bool = False) -> np.ndarray:
-    """The bits of float32 values as bfloat16, rounded to nearest even, or towards zero."""
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    if not truncate:
-        bits = bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))
-    return np.where(np.isnan(values), 0x7FFF, bits >> 16).astype(np.uint16)
-
-
-def _widened(handle: TensorHandle) -> TensorHandle:
-    """A bfloat16 handle in float32, which is exact; any other handle as it is."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-def _spread(starts: np.ndarray, count: int, step: int = 1) -> np.ndarray:
-    """Every start, followed by the ``count`` - 1 places that come after it."""
-    if count == 1:
-        return starts
-    return (starts[:, None] + step * np.arange(count)).ravel()
-
-
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Any, Tensor]]:
-    """(name, argument, tensor) of every tensor in a kernel's argument."""
-    if isinstance(value, tuple):
-        for i, item in enumerate(value):
-            yield from _tensors(f"{name}[{i}]", item)
-    elif isinstance(value, TensorDescriptor):
-        yield from _tensors(name, value.base)
-    elif hasattr(value, "data_ptr"):
-        yield name, value, interpreter._unwrap_tensor(value)
