@@ -57,8 +57,8 @@ def test_broadcast_masks(backend: Backend, shape: tuple[int, ...]) -> None:
             check(backend, {**inputs, "attn_mask": floats}, dropout_p)
             continue
         # The same for all keys: the softmax does not depend on it.
-        check(backend, make_qkv(seqlen_q=33, seqlen_k=21, head_dim=32), dropout_p, masks={"attn_mask": floats},
-              ours={"attn_mask": floats})  # fmt: skip
+        qkv, masks = make_qkv(seqlen_q=33, seqlen_k=21, head_dim=32), {"attn_mask": floats}
+        check(backend, qkv, dropout_p, masks=masks, ours=masks)
         ours = backend.of(attention, **{**DROPOUT, "dropout_p": dropout_p})
         gradient = helpers.results_of(ours, {**inputs, "attn_mask": floats})
         zeros = torch.zeros(shape)
