@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from fastattn import dispatch
@@ -88,6 +89,17 @@ BACKENDS = (
     Backend("triton_gemm", "on a GPU", "cuda", mark=pytest.mark.gpu),
     Backend("cuda", "on a GPU", "cuda", mark=pytest.mark.gpu),
 )
+
+
+#: Of activations and dtypes, those that stand for the others where each would be a kernel.
+FEW = ("relu", "gelu")
+MOST_USED = (torch.float32, torch.bfloat16)
+
+
+def few_kernels(backend: Backend, is_one_of_them: bool) -> None:
+    """Skip a call that would make a kernel of its own, and shows no more than others do."""
+    if backend.compiles and not is_one_of_them:
+        pytest.skip(f"{backend}: would compile one more kernel of a kind")
 
 
 def parameters(*ops: str) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn import bias_activation_dropout
 from tests import helpers, reference
 from tests.ops import cuda_graphs
-from tests.ops.backends import Backend
+from tests.ops.backends import FEW, MOST_USED, Backend, few_kernels
 
 OPS = ("bias_activation_dropout",)
 
@@ -29,15 +29,6 @@ EAGER = {
     "silu": F.silu,
     "identity": lambda input: input,
 }
-
-
-FEW = ("relu", "gelu")
-
-
-def few_kernels(backend: Backend, is_one_of_them: bool) -> None:
-    """Skip a kind of call that is a kernel of its own, and only more of the same."""
-    if backend.compiles and not is_one_of_them:
-        pytest.skip("would take seconds to compile")
 
 
 def seed_tensor(seed: int = SEED) -> Tensor:
@@ -170,7 +161,7 @@ def check(
 @pytest.mark.parametrize("activation", EAGER)
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 def test_accuracy_of_dtypes(backend: Backend, dtype, activation: str, dropout_p: float) -> None:
-    few_kernels(backend, dtype in (torch.float32, torch.bfloat16) or activation in FEW)
+    few_kernels(backend, dtype in MOST_USED or activation in FEW)
     input, bias = 3 * torch.randn(3, 20, 72), torch.randn(72)
     check(backend, input.to(dtype), bias.to(dtype), dropout_p, activation)
     if not backend.compiles or (activation, dtype) == ("gelu", torch.float32):
@@ -305,6 +296,7 @@ def test_nan_and_infinity_pass_as_in_eager(backend: Backend, activation: str, dt
 
 
 def test_what_drops_is_zero_whatever_it_was(backend: Backend) -> None:
+    """Kernels write the zero; PyTorch multiplies by it, as docs/dropout.md says."""
     x = torch.full((4, 64), torch.nan)
     options = {"activation": "identity", "dropout_p": P, "seed": seed_tensor(), "site": SITE}
     keep = contract(*reference.coordinates((4,)), 64)
@@ -312,10 +304,10 @@ def test_what_drops_is_zero_whatever_it_was(backend: Backend) -> None:
         backend.of(bias_activation_dropout, **options), {"input": x}, None,
         [torch.full_like(x, torch.inf)],
     )  # fmt: skip
-    assert torch.equal(results["output 0"].isnan(), keep)
-    assert (results["output 0"][~keep] == 0).all()
-    assert torch.equal(results["gradient of input"].isinf(), keep)
-    assert (results["gradient of input"][~keep] == 0).all()
+    dropped = torch.nan if backend.name == "pytorch" else 0.0
+    for name, kept in (("output 0", torch.nan), ("gradient of input", torch.inf)):
+        expected = torch.where(keep, kept, dropped)
+        torch.testing.assert_close(results[name], expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ------------------------------------------------------------- what torch does with the op

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn import dispatch, feed_forward
 from tests import helpers, reference
 from tests.ops import cuda_graphs
-from tests.ops.backends import Backend
+from tests.ops.backends import FEW, MOST_USED, Backend, few_kernels
 
 OPS = ("feed_forward",)
 
@@ -33,7 +33,6 @@ EAGER = {
     "identity": lambda input: input,
 }
 SAVE_LEVELS = ("hidden", "input")
-WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
 
 every_activation = pytest.mark.parametrize("activation", EAGER)
 relu_and_another = pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -59,7 +58,7 @@ def make_inputs(
     d = shape[-1]
     inputs = {
         "input": torch.randn(shape),
-        "weight1": torch.randn(d_ff, d) / max(d, 1) ** 0.5,
+        "weight1": torch.randn(d_ff, d) / d**0.5,
         "bias1": torch.randn(d_ff),
         "weight2": torch.randn(d_out, d_ff) / d_ff**0.5,
         "bias2": torch.randn(d_out),
@@ -79,8 +78,7 @@ def skip_what_it_cannot(backend: Backend, **facts: Any) -> None:
 
 def dtype_of(backend: Backend) -> torch.dtype:
     """fp32, or bf16 where a backend takes no fp32."""
-    no_fp32 = why_not(backend, dtypes=(torch.float32,))
-    return torch.float32 if no_fp32 is None else torch.bfloat16
+    return torch.bfloat16 if why_not(backend, dtypes=(torch.float32,)) else torch.float32
 
 
 # -------------------------------------------------------------------------------------- accuracy
@@ -161,7 +159,8 @@ def check(
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 def test_accuracy_of_dtypes(backend: Backend, dtype, activation, dropout_p, save) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
-    check(backend, make_inputs((3, 7, 40), dtype=dtype), dropout_p, activation, save=save)
+    few_kernels(backend, dtype in MOST_USED or activation in FEW)
+    check(backend, make_inputs((3, 7, 40), 72, dtype=dtype), dropout_p, activation, save=save)
 
 
 @with_and_without
@@ -300,10 +299,10 @@ def assert_kept(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decisions_of_activations(backend: Backend, dtype, activation: str, save: str) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
+    few_kernels(backend, dtype in MOST_USED or activation in FEW)
     batch_first = save == "hidden"
-    where = reference.coordinates((4, 18), batch_first)
-    options = {"save": save, "batch_first": batch_first}
-    assert_kept(backend, where, (4, 18, 72), dtype, activation, **options)
+    where, rows = reference.coordinates((4, 18), batch_first), {"batch_first": batch_first}
+    assert_kept(backend, where, (4, 18, 72), dtype, activation, save=save, **rows)
 
 
 @every_level
@@ -373,7 +372,8 @@ def test_nan_stays_in_its_row(backend: Backend, dropout_p: float, activation: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_save_levels_give_the_same_bits(backend: Backend, dtype, activation, dropout_p) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
-    inputs = make_inputs((3, 7, 40), dtype=dtype)
+    few_kernels(backend, dtype in MOST_USED or activation in FEW)
+    inputs = make_inputs((3, 7, 40), 72, dtype=dtype)
     options = options_of(dropout_p, activation=activation)
     hidden, input = (
         helpers.results_of(backend.of(feed_forward, **options, save=save), inputs)
@@ -382,7 +382,7 @@ def test_save_levels_give_the_same_bits(backend: Backend, dtype, activation, dro
     helpers.assert_same(input, hidden)
 
 
-@pytest.mark.parametrize("wanted", ["input", *WEIGHTS])
+@pytest.mark.parametrize("wanted", ["input", "weight1", "bias1", "weight2", "bias2"])
 @every_level
 @relu_and_another
 def test_one_gradient_alone(backend: Backend, activation: str, save: str, wanted: str) -> None:
@@ -424,11 +424,12 @@ def test_two_runs_are_equal_bit_for_bit(backend: Backend, activation: str, save:
 @every_activation
 def test_what_is_kept(backend: Backend, activation: str, dropout_p: float) -> None:
     """Besides the arguments one tensor of the hidden width, or none, in the input's dtype."""
-    inputs = make_inputs((4, 16, 32), 128, 32, torch.float16)
+    few_kernels(backend, activation in FEW)
+    inputs = make_inputs((4, 16, 32), 72, 32, torch.float16)
     inputs = {name: x.to(backend.device).requires_grad_() for name, x in inputs.items()}
     options = options_of(dropout_p, activation=activation)
     least = helpers.nbytes(*inputs.values(), options["seed"])
-    for save, more in (("hidden", 4 * 16 * 128 * 2), ("input", 0)):
+    for save, more in (("hidden", 4 * 16 * 72 * 2), ("input", 0)):
         op = backend.of(feed_forward, **options, save=save)
         assert helpers.saved_bytes(lambda op=op: op(**inputs)) == least + more
 
@@ -438,6 +439,7 @@ def test_what_is_kept(backend: Backend, activation: str, dropout_p: float) -> No
 
 @every_activation
 def test_gradcheck(backend: Backend, activation: str) -> None:
+    few_kernels(backend, activation in FEW)
     skip_what_it_cannot(backend, dtypes=(torch.float64,))
     inputs = make_inputs((2, 2), 4, 2, torch.float64)
     op = backend.of(feed_forward, **options_of(0.3, activation=activation))
@@ -445,11 +447,10 @@ def test_gradcheck(backend: Backend, activation: str) -> None:
     assert torch.autograd.gradcheck(lambda *x: op(**dict(zip(names, x, strict=True))), leaves)
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 2])
-def test_gradients_of_every_order(backend: Backend, chunk_tokens: int | None) -> None:
+def test_gradients_of_every_order(backend: Backend) -> None:
     skip_what_it_cannot(backend, dtypes=(torch.float64,))
     inputs = make_inputs((2, 3, 2), 4, 2, torch.float64)
-    op = backend.of(feed_forward, **options_of(activation="gelu", chunk_tokens=chunk_tokens))
+    op = backend.of(feed_forward, **options_of(activation="gelu"))
     helpers.assert_gradients_of_every_order(
         lambda *x: op(**dict(zip(inputs, x, strict=True))), *inputs.values()
     )
