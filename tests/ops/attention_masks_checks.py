@@ -17,8 +17,10 @@ from tests.ops.attention_inputs import (
     INF,
     KINDS,
     NAN,
+    OVERFLOWS,
     ROUNDED,
     SHARP,
+    SPREADS,
     P,
     assert_exact,
     beyond,
@@ -341,12 +343,20 @@ def finite_mask_cases() -> dict[str, tuple[torch.dtype, Tensor | None, Tensor | 
     }  # fmt: skip
 
 
+#: What the Triton kernels have no number for.
+TOO_LOW = ("bf16, a sum", "fp32, a sum", "fp32, a sum, causal", "fp32, fp64 mask", "fp64, a sum")
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("case", finite_mask_cases())
-def test_a_finite_mask_is_never_infinite(backend: Backend, case: str, dropout_p: float) -> None:
+def test_a_finite_mask_is_never_infinite(
+    backend: Backend, case: str, dropout_p: float, request: pytest.FixtureRequest
+) -> None:
     """Rows whose keys are all far down attend to them by what float64 has of their differences."""
     dtype, padding, mask, constants = finite_mask_cases()[case]
     skip_unless_it_takes(backend, dtype=dtype)
+    if backend.name == "triton" and case in TOO_LOW:
+        not_yet(request, backend, OVERFLOWS)
     inputs = make_inputs(2, 5, 5, dtype=dtype)
     inputs.update(key_padding_mask=padding, attn_mask=mask)
     options = {**DROPOUT, "dropout_p": dropout_p, **constants}
@@ -364,10 +374,12 @@ def test_a_finite_mask_is_never_infinite(backend: Backend, case: str, dropout_p:
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_infinity_excludes_in_sums_too(
-    backend: Backend, dtype: torch.dtype, dropout_p: float
+    backend: Backend, dtype: torch.dtype, dropout_p: float, request: pytest.FixtureRequest
 ) -> None:
     """Row 0 has no key left for either mask, row 1 none for both together, row 2 one."""
     skip_unless_it_takes(backend, dtype=dtype)
+    if backend.name == "triton" and dtype != torch.float16:
+        not_yet(request, backend, OVERFLOWS)
     least = torch.finfo(dtype).min
     mask = torch.full((3, 4), least, dtype=dtype)
     mask[0] = -INF
@@ -470,7 +482,11 @@ def test_ignored_rows_reach_nothing(
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
-def test_nan_that_counts_stays_out_of_ignored_rows(backend: Backend, dropout_p: float) -> None:
+def test_nan_that_counts_stays_out_of_ignored_rows(
+    backend: Backend, dropout_p: float, request: pytest.FixtureRequest
+) -> None:
+    if backend.name == "triton":
+        not_yet(request, backend, SPREADS)
     inputs = make_qkv(2, 20, 18)
     inputs["value"][0, 1] = inputs["key"][1, 0] = inputs["query"][1, 2] = NAN
     queries, keys = lengths_tensor(17, 3), lengths_tensor(16, 2)

@@ -52,14 +52,20 @@ COMPOSITE = Transformed("pytorch")
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("case", attention_masks_checks.finite_mask_cases())
-def test_a_finite_mask_of_a_composite_is_never_infinite(case: str, dropout_p: float) -> None:
-    attention_masks_checks.test_a_finite_mask_is_never_infinite(COMPOSITE, case, dropout_p)
+def test_a_finite_mask_of_a_composite_is_never_infinite(
+    case: str, dropout_p: float, request: pytest.FixtureRequest
+) -> None:
+    check = attention_masks_checks.test_a_finite_mask_is_never_infinite
+    check(COMPOSITE, case, dropout_p, request)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_infinity_excludes_in_sums_of_a_composite_too(dtype: torch.dtype, dropout_p: float) -> None:
-    attention_masks_checks.test_infinity_excludes_in_sums_too(COMPOSITE, dtype, dropout_p)
+def test_infinity_excludes_in_sums_of_a_composite_too(
+    dtype: torch.dtype, dropout_p: float, request: pytest.FixtureRequest
+) -> None:
+    check = attention_masks_checks.test_infinity_excludes_in_sums_too
+    check(COMPOSITE, dtype, dropout_p, request)
 
 
 @pytest.mark.parametrize("special", [float("nan"), INF])
@@ -71,8 +77,11 @@ def test_ignored_rows_reach_nothing_in_a_composite(
     attention_masks_checks.test_ignored_rows_reach_nothing(COMPOSITE, case, dropout_p, special)
 
 
-def test_nan_that_counts_stays_out_of_ignored_rows_in_a_composite() -> None:
-    attention_masks_checks.test_nan_that_counts_stays_out_of_ignored_rows(COMPOSITE, 0.0)
+def test_nan_that_counts_stays_out_of_ignored_rows_in_a_composite(
+    request: pytest.FixtureRequest,
+) -> None:
+    check = attention_masks_checks.test_nan_that_counts_stays_out_of_ignored_rows
+    check(COMPOSITE, 0.0, request)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
