@@ -10,6 +10,7 @@ process that ran it: what goes wrong is recorded, and the rest goes on.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib.util
 import json
@@ -297,9 +298,12 @@ def gpu_test_files(ops: Sequence[str] | None) -> list[Path]:
 
 
 def concerns(path: Path, op: str) -> bool:
-    """Whether a file of tests is named after an op, or after one that the op contains."""
-    subject = path.stem.removeprefix("test_").removesuffix("_checks")
-    return op in subject or subject in op
+    """Whether a file of tests is of an op, or of one that the op contains."""
+    names = [path.stem.removeprefix("test_")]
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPS":
+            names = ast.literal_eval(node.value)
+    return any(op in name or name in op for name in names)
 
 
 def sanitizer_steps(python: str, device: str) -> list[Step]:
