@@ -14,7 +14,6 @@ from fastattn.kernels.layer_norm_tiles import (
     chunk_columns,
     dropout_multiplier,
     dropout_of,
-    load_chunks,
     load_rows,
     load_vector,
     own_sum,
@@ -61,14 +60,21 @@ def load_gradient(inputs, row, column, mask, dtype: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def load_gradients(inputs, row, row_mask, dtype: tl.constexpr, TILE: tl.constexpr):
-    """Whole rows of it: a tile of each chunk."""
+def load_inputs(inputs, row, row_mask, dtype: tl.constexpr, TILE: tl.constexpr):
+    """Whole rows of (saved, the gradient, that of the sum), a tile of each chunk.
+
+    Chunk after chunk: loaded one after the other, the three take more registers.
+    """
     CHUNKS: tl.constexpr = TILE.CHUNKS
-    tiles = ()
+    saved, gradients, totals = (), (), ()
     for c in tl.static_range(CHUNKS):
         column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-        tiles += (load_gradient(inputs, row, column, row_mask & columns, dtype, TILE),)
-    return tiles
+        mask = row_mask & columns
+        saved += (load_rows(inputs.saved, row, column, mask, TILE),)
+        gradients += (load_gradient(inputs, row, column, mask, dtype, TILE),)
+        if inputs.d_total.X is not None:
+            totals += (load_rows(inputs.d_total, row, column, mask, TILE),)
+    return saved, gradients, totals
 
 
 @triton.constexpr_function
@@ -243,10 +249,10 @@ def layer_norm_backward_kernel(
         Rows(Saved, saved_stride),
     )
     sites, affines = None, ()
-    if Seed is not None:
-        sites = dropout_of(Seed, site, threshold, scale, row_period, dtype)
     if keeps_parameters(dtype, TILE):
         affines = load_affines(Weight, Bias, FROM_OUTPUT, dtype, TILE)
+    if Seed is not None:
+        sites = dropout_of(Seed, site, threshold, scale, row_period, dtype)
     d_weights, d_biases = chunk_zeros(dtype, TILE), chunk_zeros(dtype, TILE)
     d_x_biases = chunk_zeros(dtype, TILE)
     blocks = tl.cdiv(n_rows, TILE.ROWS)
@@ -254,11 +260,7 @@ def layer_norm_backward_kernel(
     stages: tl.constexpr = 2 if keeps_parameters(dtype, TILE) else 1
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=stages):
         row, row_mask = block_rows(block, n_rows, TILE)
-        saved = load_chunks(inputs.saved, row, row_mask, TILE)
-        gradients = load_gradients(inputs, row, row_mask, dtype, TILE)
-        totals = ()
-        if dTotal is not None:
-            totals = load_chunks(inputs.d_total, row, row_mask, TILE)
+        saved, gradients, totals = load_inputs(inputs, row, row_mask, dtype, TILE)
         mean = 0.0
         if not FROM_OUTPUT:
             mean = tl.load(Mean + row, mask=row_mask, other=0.0)

@@ -14,7 +14,6 @@ from fastattn.kernels.layer_norm_tiles import (
     chunk_columns,
     dropout_multiplier,
     dropout_of,
-    load_chunks,
     load_rows,
     load_vector,
     narrow,
@@ -97,9 +96,13 @@ def layer_norm_forward_kernel(
     dtype: tl.constexpr = Mean.dtype.element_ty
     CHUNKS: tl.constexpr = TILE.CHUNKS
     row, row_mask = block_rows(tl.program_id(0), n_rows, TILE)
-    x_tiles, residual_tiles = load_chunks(Rows(X, x_stride), row, row_mask, TILE), ()
-    if Residual is not None:
-        residual_tiles = load_chunks(Rows(Residual, residual_stride), row, row_mask, TILE)
+    x_rows, residual_rows = Rows(X, x_stride), Rows(Residual, residual_stride)
+    x_tiles, residual_tiles = (), ()
+    for c in tl.static_range(CHUNKS):
+        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
+        x_tiles += (load_rows(x_rows, row, column, row_mask & columns, TILE),)
+        if Residual is not None:
+            residual_tiles += (load_rows(residual_rows, row, column, row_mask & columns, TILE),)
     dropout = None
     if Seed is not None:
         dropout = dropout_of(Seed, site, threshold, scale, row_period, dtype)

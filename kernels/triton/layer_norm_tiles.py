@@ -84,17 +84,6 @@ def load_rows(rows, row, column, mask, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_chunks(rows, row, row_mask, TILE: tl.constexpr):
-    """Whole rows: a tile of each chunk."""
-    CHUNKS: tl.constexpr = TILE.CHUNKS
-    tiles = ()
-    for c in tl.static_range(CHUNKS):
-        column, columns = chunk_columns(c, c == CHUNKS - 1, TILE)
-        tiles += (load_rows(rows, row, column, row_mask & columns, TILE),)
-    return tiles
-
-
-@triton.jit
 def store_tile(X, tile, row, column, mask, TILE: tl.constexpr):
     """Write a tile, rounded, to a contiguous tensor; nothing where there is none."""
     if X is not None:

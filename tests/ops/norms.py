@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import dropout_add, dropout_add_layer_norm, layer_norm
+from fastattn import dispatch, dropout_add, dropout_add_layer_norm, layer_norm
 from tests import helpers, reference
 from tests.ops.backends import Backend, Layout
 
@@ -82,8 +82,11 @@ def away_from_zero(weight: Tensor) -> Tensor:
 
 
 def needs_float64(backend: Backend) -> None:
-    if backend.name == "cuda":
-        pytest.skip("the CUDA kernels have no float64")
+    """Where a backend has none, by its own word."""
+    facts = {"dtypes": (torch.float64,)}
+    reason = dispatch.why_not("layer_norm", backend.name, torch.device(backend.device), **facts)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def needs_kernels(backend: Backend, worth_it: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn import attention
 from fastattn.kernels import attention as kernels
 from fastattn.kernels import attention_configs
-from tests import helpers
+from tests import helpers, reference
 from tests.kernels.interpreted.attention_tiles_and_launches import BACKEND, Launched, names
 from tests.ops.attention_decisions import assert_decisions
 from tests.ops.attention_inputs import (
@@ -279,3 +279,23 @@ def test_gradients_of_masks_of_another_dtype(
     for name in masks:
         gradient = f"gradient of {name}"
         torch.testing.assert_close(found[gradient], exact[gradient].to(dtype))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 127), (127, 1)], ids=str)
+@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+def test_a_mask_of_a_single_key_has_no_gradient(dtype, lengths, dropout_p: float) -> None:
+    """None at all in fp32; elsewhere what rounding leaves of dO V^T less delta."""
+    inputs = make_inputs(2, *lengths, 2, 16, dtype)
+    inputs["attn_mask"] = torch.randn(lengths[0], 1).to(dtype)
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "is_causal": True}
+    results = helpers.results_of(partial(attention, **options), inputs)
+    keep = reference.attention_keep(seed_tensor().item(), 0, dropout_p, (2, 2, *lengths))
+    factor = reference.factor(keep, dropout_p)[..., :1].transpose(1, 2)  # (B, Sq, H, 1)
+    (grad_out,) = (x.double() for x in helpers.cotangents_of((results["output 0"],)))
+    left = (factor * grad_out * inputs["value"].double()[:, :1]).abs().sum(-1, keepdim=True)
+    left *= 8 * torch.finfo(dtype).eps
+    d_mask = results["gradient of attn_mask"].abs()
+    assert (d_mask <= left.sum((0, 2))).all()
+    if dtype == torch.float32:
+        assert (d_mask == 0).all() and (results["gradient of key"] == 0).all()

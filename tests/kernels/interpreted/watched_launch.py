@@ -26,7 +26,7 @@ ARGUMENT = np.uint64(1 << 49)
 GUARD = np.uint64(1 << 48)
 
 
-class Violation(AssertionError):
+class Violation(RuntimeError):
     """A fault of an interpreted kernel."""
 
 
