@@ -23,7 +23,7 @@ TORCHRUN = "-m torch.distributed.run --standalone --local-addr localhost --nproc
 #: Run after run in the same processes, whose start takes longest. Arguments: a folder, the runs as
 #: JSON, and after how many steps of the last run a process kills itself; 0: it does not.
 RUNS = """
-import atexit, functools, json, os, signal, sys
+import atexit, contextlib, functools, json, os, signal, sys
 import torch
 import torch.distributed as dist
 import pretrain
@@ -35,7 +35,10 @@ def note(module, inputs, output):
         torch.save(kept[0], f"{folder}/{name}-{os.environ['RANK']}")
 register_module_forward_hook(note)
 def threads(when):
-    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # one that has ended since
+            names.append(open(f"/proc/self/task/{task}/comm").read())
     of_gloo = sum("gloo" in name for name in names)
     print(f"{when} with {of_gloo} threads of gloo's", flush=True)  # in one piece: two write
 init_process_group = dist.init_process_group
@@ -158,7 +161,7 @@ def test_processes_leave_without_threads(started):
 
 
 LEAVING = """
-import os
+import contextlib, os
 import torch
 import training
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -184,7 +187,10 @@ for how in ("ddp", "fsdp"):
         except BaseException as raised:
             caught = raised
         assert caught is error
-        names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+        names = []
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):  # one that has ended since
+                names.append(open(f"/proc/self/task/{task}/comm").read())
         print(how, type(error).__name__, sum("gloo" in name for name in names))
 raise error
 """
