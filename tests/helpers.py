@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -185,6 +185,12 @@ def registered_ops(*prefixes: str) -> set[str]:
     """Names of this library's registered ops that start with one of ``prefixes``."""
     names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
     return {op for library, _, op in names if library == "fastattn" and op.startswith(prefixes)}
+
+
+def assert_registered(op: str, *samples: tuple[Any, ...]) -> None:
+    """torch's own check of an op's schema, fake, autograd and strides, with these arguments."""
+    for sample in samples:
+        library.opcheck(getattr(torch.ops.fastattn, op).default, sample)
 
 
 # ------------------------------------------------------------------------- fakes and compilation

@@ -27,14 +27,13 @@ from tests.ops.attention_inputs import (
     make_inputs,
     make_qkv,
     multiplier_of,
-    not_yet,
     seed_tensor,
     sequence_first,
     skip_unless_it_scales,
     skip_unless_it_takes,
     strided_features,
 )
-from tests.ops.backends import Backend
+from tests.ops.backends import Backend, not_yet
 
 OPS = ("attention", "attention_packed")
 pytestmark = pytest.mark.usefixtures("larger_tiles", "few_kernels")

@@ -94,14 +94,6 @@ OVERFLOWS = "kernels add masks to scores in fp32, and in fp64 those of fp64: les
 SPREADS = "NaN in a key makes NaN of all dQ of a tile, also of rows that are ignored"
 
 
-def not_yet(
-    request: pytest.FixtureRequest, backend: Backend, reason: str, always: bool = True
-) -> None:
-    """What the kernels of a backend are known not to meet, ``always`` or with some inputs."""
-    strict = always and backend.device == "cpu"  # a GPU rounds in an order of its own
-    request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=reason, strict=strict))
-
-
 # ------------------------------------------------------------------------------------- layouts
 
 

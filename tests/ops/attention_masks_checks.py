@@ -30,11 +30,10 @@ from tests.ops.attention_inputs import (
     make_inputs,
     make_qkv,
     multiplier_of,
-    not_yet,
     skip_unless_it_takes,
     unaligned,
 )
-from tests.ops.backends import Backend
+from tests.ops.backends import Backend, not_yet
 
 OPS = ("attention",)
 pytestmark = pytest.mark.usefixtures("larger_tiles", "few_kernels")

@@ -19,29 +19,16 @@ from fastattn import dispatch, feed_forward
 from tests import helpers, reference
 from tests.ops import cuda_graphs
 from tests.ops.backends import FEW, MOST_USED, Backend, few_kernels
+from tests.ops.bias_activation_dropout_checks import EAGER, SEED, SITE, P, seed_tensor
 
 OPS = ("feed_forward",)
 
-P = 0.125
-SEED = 2**62 + 54321
-SITE = 5
-EAGER = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "identity": lambda input: input,
-}
 SAVE_LEVELS = ("hidden", "input")
 
 every_activation = pytest.mark.parametrize("activation", EAGER)
 relu_and_another = pytest.mark.parametrize("activation", ["relu", "gelu"])
 every_level = pytest.mark.parametrize("save", SAVE_LEVELS)
 with_and_without = pytest.mark.parametrize("dropout_p", [0.0, P])
-
-
-def seed_tensor(seed: int = SEED) -> Tensor:
-    return torch.tensor([seed])
 
 
 def options_of(dropout_p: float = P, **options: Any) -> dict[str, Any]:

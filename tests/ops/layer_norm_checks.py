@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import layer_norm
 from tests import helpers
-from tests.ops.backends import Backend
+from tests.ops.backends import Backend, not_yet
 from tests.ops.norms import (
     COMPILED_COLUMNS,
     LAYOUTS,
@@ -107,9 +107,14 @@ def test_accuracy_of_layouts(backend: Backend, layout: str) -> None:
     check_norm(backend, make_inputs(), layouts)
 
 
-@pytest.mark.parametrize("shape", [(5, 40), (5, 8200)], ids=str)
-def test_rows_far_from_zero(backend: Backend, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(5, 40), (63, 40), (5, 63), (9, 264), (5, 8200)], ids=str)
+def test_rows_far_from_zero(
+    backend: Backend, shape: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
     """The variance is that of the differences from the mean, not a difference of squares."""
+    if backend.fixture == "cuda_by_gxx" and shape in ((63, 40), (5, 63), (9, 264)):
+        reason = "its means are sums in fp32; those of eager on a CPU are in fp64"
+        not_yet(request, backend, reason, always=False)
     inputs = make_inputs(shape)
     check_norm(backend, {**inputs, "input": inputs["input"] + 1e3})
 

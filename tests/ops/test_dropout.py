@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from statistics import NormalDist
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from fastattn.arguments import AttentionDropout, TokenDropout
 from fastattn.dropout import ADJACENT, STRIDED, TokenRows
 from fastattn.extension import loading
 from fastattn.pytorch.dropout_factor import twister_decisions
-from tests import reference
+from tests import helpers, reference
 
 SEEDS = (0, 1, 2**32 + 5, 2**62, 2**62 + 987654321, 2**63 - 1)
 PROBABILITIES = (0.0, 3e-5, 1 / 16384, 0.1, 0.5, 0.999, 1.0)
@@ -376,17 +375,17 @@ def test_sites_are_checked() -> None:
 
 def test_registration() -> None:
     """torch's own checks of the two ops that write dropout's multiplier."""
-    ops = SimpleNamespace(
-        attention=torch.ops.fastattn.attention_dropout_factor.default,
-        token=torch.ops.fastattn.token_dropout_factor.default,
-    )
     index = torch.arange(6).int()
     for seed in (tensor(5), tensor(-5)):
-        torch.library.opcheck(ops.attention, (0.1, seed, 3, 1, [2, 3, 5, 7], torch.float32))
+        sample = (0.1, seed, 3, 1, [2, 3, 5, 7], torch.float32)
+        helpers.assert_registered("attention_dropout_factor", sample)
         for grouping in (STRIDED, ADJACENT):
             rows = (0.1, seed, 3, index, 2, False)
-            torch.library.opcheck(ops.token, (*rows, 5, grouping, 6, 9, torch.bfloat16))
-            torch.library.opcheck(ops.token, (*rows, 0, grouping, 6, 64, torch.float32))
+            samples = (
+                (*rows, 5, grouping, 6, 9, torch.bfloat16),
+                (*rows, 0, grouping, 6, 64, torch.float32),
+            )
+            helpers.assert_registered("token_dropout_factor", *samples)
 
 
 def test_a_seed_for_each_sample() -> None:

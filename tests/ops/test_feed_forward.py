@@ -176,8 +176,7 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("name", op_samples())
 def test_registration(name: str) -> None:
-    for sample in op_samples()[name]:
-        torch.library.opcheck(getattr(torch.ops.fastattn, name).default, sample)
+    helpers.assert_registered(name, *op_samples()[name])
 
 
 def test_every_registered_op_has_samples() -> None:

@@ -197,11 +197,9 @@ def test_a_dtype_without_kernel_is_named() -> None:
 def test_registration(dropout_p: float) -> None:
     x, bias = torch.randn(3, 5, 40).transpose(0, 1), torch.randn(40)
     options = ("gelu", *dropout_of(dropout_p=dropout_p, row_period=3), "triton")
-    ops = torch.ops.fastattn
-    torch.library.opcheck(ops.bias_activation_dropout_fwd.default, (x, bias, *options))
-    for want_bias in (True, False):
-        sample = (x, x, bias, want_bias, *options)
-        torch.library.opcheck(ops.bias_activation_dropout_bwd.default, sample)
+    helpers.assert_registered("bias_activation_dropout_fwd", (x, bias, *options))
+    samples = [(x, x, bias, want_bias, *options) for want_bias in (True, False)]
+    helpers.assert_registered("bias_activation_dropout_bwd", *samples)
 
 
 def test_fake_tensors_agree() -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from fastattn import FusedEncoderLayer, explain, feed_forward, tuned, use_backend
 from fastattn.arguments import TokenDropout
 from fastattn.kernels import feed_forward_gemm as gemm
+from tests import helpers
 from tests.kernels.interpreted.sanitizer import Sanitizer
 from tests.ops.backends import Backend
 from tests.ops.feed_forward_checks import P, check, make_inputs, options_of, seed_tensor
@@ -125,14 +126,13 @@ def test_registration(backend: str, dropout_p: float) -> None:
     inputs = make_inputs((3, 5, 8), 12, 4)
     input, weight1, bias1, weight2, bias2 = inputs.values()
     dropout = TokenDropout(dropout_p, seed_tensor(), 1, None, 5)
-    ops = torch.ops.fastattn
     for save, chunk_tokens in (("hidden", 0), ("input", 4)):
         options = ("gelu", *dropout, save, chunk_tokens, backend)
         forward = (input, weight1, bias1, weight2)
-        torch.library.opcheck(ops.feed_forward_fwd.default, (*forward, bias2, *options))
+        helpers.assert_registered("feed_forward_fwd", (*forward, bias2, *options))
         hidden = torch.randn(3, 5, 12) if save == "hidden" else torch.empty(0)
         sample = (torch.randn(3, 5, 4), *forward, hidden, [True] * 5, *options)
-        torch.library.opcheck(ops.feed_forward_bwd.default, sample)
+        helpers.assert_registered("feed_forward_bwd", sample)
 
 
 @pytest.mark.parametrize("save", ["hidden", "input"])
