@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn import attention, dispatch
 from fastattn.arguments import AttentionArguments
 from tests import helpers, reference
-from tests.ops.backends import Backend, Layout
+from tests.ops.backends import Backend, Layout, few_kernels
 
 INF, NAN = float("inf"), float("nan")
 P = 0.125  # 2048 / 16384: eager's 1 / (1 - p) is then exactly the contract's scale
@@ -85,13 +85,6 @@ def skip_unless_it_takes(backend: Backend, **facts: Any) -> None:
 
 def skip_unless_it_scales(backend: Backend, scale: float) -> None:
     skip_unless_it_takes(backend, arguments=AttentionArguments(scale=scale))
-
-
-HAS_A_KERNEL = "the kinds that are compiled for the other parameters are enough"
-SHARP = "all but one P round to 0 in every row: what is left of dQ is the rounding of delta"
-ROUNDED = "delta is summed from the output, in 16 bits, and no float mask pays for its correction"
-OVERFLOWS = "kernels add masks to scores in fp32, and in fp64 those of fp64: less is -inf there"
-SPREADS = "NaN in a key makes NaN of all dQ of a tile, also of rows that are ignored"
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -243,10 +236,9 @@ def assert_exact(
 
 
 @pytest.fixture
-def few_kernels(request: pytest.FixtureRequest, backend: Backend) -> None:
+def few_without_dropout(request: pytest.FixtureRequest, backend: Backend) -> None:
     """Where each kind of call makes a kernel, those without dropout are left to few checks."""
-    if backend.compiles and request.node.callspec.params.get("dropout_p") == 0:
-        pytest.skip(HAS_A_KERNEL)
+    few_kernels(backend, request.node.callspec.params.get("dropout_p") != 0)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,10 @@ from tests.ops.attention_inputs import (
     make_qkv,
     skip_unless_it_takes,
 )
-from tests.ops.backends import Backend
+from tests.ops.backends import READS_LENGTHS, Backend
 
 OPS = ("attention", "attention_packed")
-pytestmark = pytest.mark.usefixtures("larger_tiles", "few_kernels")
+pytestmark = pytest.mark.usefixtures("larger_tiles", "few_without_dropout")
 
 LENGTHS = [7, 0, 33, 1, 0, 12, 0]
 FP32 = (torch.float32, 64)
@@ -50,6 +51,7 @@ def each_packed(cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- decisions
 
 
+@pytest.mark.calls("attention")
 @pytest.mark.parametrize(
     "lengths",
     [([5, 0, 33, 2, 21], [18, 3, 27, 2, 0]), ([20, 2], [4, 290])],
@@ -126,6 +128,7 @@ def test_accuracy_of_packed_sequences(
         )
 
 
+@pytest.mark.calls("attention")
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 def test_accuracy_of_packed_cross_attention(backend: Backend, dropout_p: float) -> None:
     lengths_q, lengths_k = [3, 0, 9, 4], [5, 2, 0, 8]
@@ -177,6 +180,7 @@ def test_one_tensor_in_16_bits_equals_three(backend: Backend) -> None:
         helpers.assert_same(found, expected)
 
 
+@pytest.mark.calls("attention_packed")
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 def test_no_packed_tokens(backend: Backend, lengths: list[int], dropout_p: float) -> None:
@@ -188,6 +192,7 @@ def test_no_packed_tokens(backend: Backend, lengths: list[int], dropout_p: float
     assert results["gradient of qkv"].shape == (0, 3, 2, 64)
 
 
+@pytest.mark.calls("attention_packed")
 def test_cumulative_lengths_of_any_stride(backend: Backend) -> None:
     def strided(qkv: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
         apart = cu_seqlens.repeat_interleave(2)[::2]
@@ -230,6 +235,7 @@ def run_with_holes(
         assert (x[~counts] == 0).all(), name
 
 
+@pytest.mark.calls("attention")
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("lengths", [[2, 2], [3, 0], [0], [], [1, 3, 0]], ids=str)
 def test_rows_past_the_last_sequence_are_zero_and_reach_nothing(
@@ -256,6 +262,7 @@ def test_rows_past_the_last_sequence_are_zero_and_reach_nothing(
     helpers.assert_same({name: x[:tokens] for name, x in found.items()}, expected)
 
 
+@pytest.mark.calls("attention_packed")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", [FP32, HALF], ids=str)
 def test_many_rows_past_the_last_sequence(
@@ -270,24 +277,28 @@ def test_many_rows_past_the_last_sequence(
     run_with_holes(backend, counts, lengths, 21, values, is_causal=is_causal)
 
 
+@pytest.mark.calls("attention_packed")
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("longest", [21, 264])
 @pytest.mark.parametrize("kind", [FP32, HALF], ids=str)
 def test_rows_of_a_sequence_past_max_seqlen(
-    backend: Backend, kind: tuple[torch.dtype, int], longest: int
+    backend: Backend, kind: tuple[torch.dtype, int], longest: int, is_causal: bool
 ) -> None:
-    """Not read, and written as zeros; the pytorch backend refuses where it reads lengths."""
+    """Not read, and written as zeros; a backend that reads the lengths refuses."""
     dtype, head_dim = kind
     lengths = [longest, 3 * longest + 5, 0, 40]
     counts = torch.cat([torch.arange(n) < longest for n in lengths] + [torch.zeros(70) > 0])
     values = torch.randn(len(counts), 3, 1, head_dim), torch.randn(len(counts), 1, head_dim)
     values = tuple(x.to(dtype) for x in values)
-    if backend.name == "pytorch" and backend.device == "cpu":
+    run = partial(run_with_holes, backend, counts, lengths, longest, values, is_causal=is_causal)
+    if READS_LENGTHS in backend.quirks:
         with pytest.raises(ValueError, match="max_seqlen must be at least"):
-            run_with_holes(backend, counts, lengths, longest, values)
+            run()
     else:
-        run_with_holes(backend, counts, lengths, longest, values)
+        run()
 
 
+@pytest.mark.calls("attention_packed")
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 def test_garbage_after_packed_tokens_does_not_reach_the_projection(
     backend: Backend, dropout_p: float
@@ -306,6 +317,7 @@ def test_garbage_after_packed_tokens_does_not_reach_the_projection(
         assert found[name][:4].any() and not found[name][4:].any(), name
 
 
+@pytest.mark.calls("attention_packed")
 @pytest.mark.parametrize("length", [72, 300])
 @pytest.mark.parametrize("part", range(3), ids=("query", "key", "value"))
 def test_nan_stays_in_its_sequence(backend: Backend, part: int, length: int) -> None:
@@ -323,30 +335,62 @@ def test_nan_stays_in_its_sequence(backend: Backend, part: int, length: int) -> 
 # -------------------------------------------------------------------- what torch does with the op
 
 
-def test_gradients_of_every_order_of_packed_sequences(backend: Backend) -> None:
+@pytest.mark.calls("attention_packed")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients_of_every_order_of_packed_sequences(backend: Backend, dropout_p: float) -> None:
     skip_unless_it_takes(backend, dtype=torch.float64)
-    options = {**DROPOUT, "dropout_p": 0.3, "cu_seqlens": lengths_tensor(0, 2, 2, 5)}
+    options = {**DROPOUT, "dropout_p": dropout_p, "cu_seqlens": lengths_tensor(0, 2, 2, 5)}
     op = backend.of(attention_packed, **options, max_seqlen=3)
     qkv = torch.randn(5, 3, 1, 2, dtype=torch.float64)
     helpers.assert_gradients_of_every_order(lambda qkv: op(qkv=qkv), qkv)
 
 
+@pytest.mark.calls("attention_packed")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients_of_every_order_of_one_tensor(backend: Backend, dropout_p: float) -> None:
+    skip_unless_it_takes(backend, dtype=torch.float64)
+    op = backend.of(attention_packed, **{**DROPOUT, "dropout_p": dropout_p})
+    qkv = torch.randn(1, 3, 3, 1, 2, dtype=torch.float64)
+    helpers.assert_gradients_of_every_order(lambda qkv: op(qkv=qkv), qkv)
+
+
+@pytest.mark.calls("attention_packed")
 def test_compiled_packed_sequences_equal_eager(backend: Backend) -> None:
     def run(qkv: Tensor, **options: Any) -> Tensor:
         return attention_packed(qkv.sin(), max_seqlen=33, **options)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     options = {**DROPOUT, "cu_seqlens": cumulative(LENGTHS)}
-    inputs = {"qkv": torch.randn(sum(LENGTHS), 3, 2, 64)}
-    actual, expected = (
-        helpers.results_of(backend.of(function, **options), inputs) for function in (compiled, run)
-    )
-    helpers.assert_close(actual, expected)
-    for name, x in expected.items():
-        assert torch.equal(actual[name] == 0, x == 0), name
+    assert_compiled_equals(backend, run, [torch.randn(sum(LENGTHS), 3, 2, 64)], options)
 
 
+@pytest.mark.calls("attention_packed")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_tensor_compiled_equals_eager(backend: Backend, dynamic: bool) -> None:
+    def run(qkv: Tensor, **options: Any) -> Tensor:
+        return attention_packed(qkv.sin(), **options)
+
+    sizes = ((2, 9), (3, 17), (5, 12))[: 3 if dynamic else 1]
+    samples = [torch.randn(*size, 3, 2, 64) for size in sizes]
+    assert_compiled_equals(backend, run, samples, DROPOUT, dynamic=dynamic)
+
+
+def assert_compiled_equals(
+    backend: Backend, run: Callable[..., Tensor], samples: list[Tensor], options: dict[str, Any],
+    dynamic: bool = False,
+) -> None:  # fmt: skip
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for qkv in samples:
+        actual, expected = (
+            helpers.results_of(backend.of(function, **options), {"qkv": qkv})
+            for function in (compiled, run)
+        )
+        helpers.assert_close(actual, expected)
+        for name, x in expected.items():
+            assert torch.equal(actual[name] == 0, x == 0), name
+
+
+@pytest.mark.calls("attention_packed")
 @pytest.mark.parametrize("longest", [64, 300])
 def test_two_runs_of_packed_sequences_are_equal_bit_for_bit(backend: Backend, longest: int) -> None:
     lengths = [longest, 0, 33]

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn import bias_activation_dropout
 from tests import helpers, reference
 from tests.ops import cuda_graphs
-from tests.ops.backends import FEW, MOST_USED, Backend, few_kernels
+from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, SIZES, with_edges
+from tests.ops.backends import COMPOSED, FEW, MOST_USED, Backend, few_kernels
 
 OPS = ("bias_activation_dropout",)
 
@@ -99,17 +102,20 @@ def test_a_strided_row_index(backend: Backend) -> None:
     assert_kept(backend, keep, row_index=index.repeat_interleave(3)[::3], row_period=40)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**63 - 1])
-@pytest.mark.parametrize("site", [0, 2**16 - 1])
-def test_decisions_of_seeds_and_sites(backend: Backend, seed: int, site: int) -> None:
-    keep = contract(*reference.coordinates((4, 2)), 64, seed=seed, site=site)
-    assert_kept(backend, keep.view(4, 2, 64), seed=seed_tensor(seed), site=site)
-
-
-@pytest.mark.parametrize("p", [1 / 16384, 0.1, 0.5, 1 - 1 / 16384, 1.0])
-def test_decisions_of_probabilities(backend: Backend, p: float) -> None:
-    keep = contract(*reference.coordinates((4, 2)), 192, p=p)
-    assert_kept(backend, keep.view(4, 2, 192), torch.float64, dropout_p=p)
+@with_edges(tokens=(4, 2), columns=192, offset=0)
+@given(
+    seed=SEEDS, site=SITES, p=PROBABILITIES, tokens=st.tuples(SIZES, SIZES),
+    columns=st.integers(1, 200), offset=st.integers(0, 2**20),
+)  # fmt: skip
+def test_decisions_of_any_call(
+    backend: Backend, seed: int, site: int, p: float, tokens: tuple[int, int], columns: int,
+    offset: int,
+) -> None:  # fmt: skip
+    keep = contract(
+        *reference.coordinates(tokens), columns, seed=seed, site=site, p=p, offset=offset
+    )
+    options = {"seed": seed_tensor(seed), "site": site, "dropout_p": p, "column_offset": offset}
+    assert_kept(backend, keep.view(*tokens, columns), torch.float64, **options)
 
 
 def test_a_probability_that_rounds_to_zero_drops_nothing(backend: Backend) -> None:
@@ -285,7 +291,7 @@ def test_nan_and_infinity_pass_as_in_eager(backend: Backend, activation: str, dt
     inputs, ones = {"input": torch.tensor(SPECIAL, dtype=dtype)}, [torch.ones(7)]
     op = backend.of(bias_activation_dropout, activation=activation)
     found = helpers.results_of(op, inputs, None, ones)
-    if backend.name == "pytorch":
+    if COMPOSED in backend.quirks:
         eager, exactly = backend.there(EAGER[activation]), {"rtol": 0, "atol": 0}
         expected = helpers.results_of(eager, inputs, None, ones)
     else:
@@ -304,7 +310,7 @@ def test_what_drops_is_zero_whatever_it_was(backend: Backend) -> None:
         backend.of(bias_activation_dropout, **options), {"input": x}, None,
         [torch.full_like(x, torch.inf)],
     )  # fmt: skip
-    dropped = torch.nan if backend.name == "pytorch" else 0.0
+    dropped = torch.nan if COMPOSED in backend.quirks else 0.0
     for name, kept in (("output 0", torch.nan), ("gradient of input", torch.inf)):
         expected = torch.where(keep, kept, dropped)
         torch.testing.assert_close(results[name], expected, rtol=0, atol=0, equal_nan=True)

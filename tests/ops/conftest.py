@@ -1,4 +1,7 @@
-"""Gives a backend to the checks of an op: ``<op>_checks.py``, whose ``OPS`` says of which ops."""
+"""Gives backends to the checks of ops: to those of a file the ones that have all of its ``OPS``.
+
+A check that calls fewer of them says which: ``@pytest.mark.calls("attention")``.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,24 @@ import torch
 
 from fastattn import dispatch
 from tests.kernels.cuda_on_cpu.machine import cuda_by_gxx, machine
-from tests.ops.attention_inputs import few_kernels, larger_tiles
+from tests.ops.attention_inputs import few_without_dropout, larger_tiles
 from tests.ops.backends import Backend, parameters
 
-__all__ = ["cuda_by_gxx", "few_kernels", "larger_tiles", "machine"]
+__all__ = ["cuda_by_gxx", "few_without_dropout", "larger_tiles", "machine"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    ops = getattr(metafunc.module, "OPS", ())
     if metafunc.module.__name__.endswith("_checks") and "backend" in metafunc.fixturenames:
-        found = parameters(*ops)
+        found = parameters(*ops_of(metafunc.definition))
         if (mark := metafunc.definition.get_closest_marker("on")) is not None:
             found = [x for x in found if x.values[0].device == mark.args[0]]
         metafunc.parametrize("backend", found, indirect=True)
+
+
+def ops_of(check: pytest.Item) -> tuple[str, ...]:
+    mark, ops = check.get_closest_marker("calls"), check.module.OPS
+    assert mark is None or set(mark.args) <= set(ops), f"{check.name} calls {mark.args}"
+    return ops if mark is None else mark.args
 
 
 @pytest.fixture
@@ -30,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen: Backend = request.param
     if chosen.fixture is not None:
         request.getfixturevalue(chosen.fixture)
-    for op in filter(chosen.has, request.module.OPS):
+    for op in ops_of(request.node):
         reason = dispatch.why_not(op, chosen.name, torch.device(chosen.device))
         if reason is not None:
             pytest.skip(f"{chosen}: {reason}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn import dropout_add, dropout_add_layer_norm, layer_norm
 from tests import helpers, reference
-from tests.ops.backends import Backend
+from tests.ops.backends import Backend, few_kernels
 from tests.ops.norms import (
     COMPILED_COLUMNS,
     LAYOUTS,
@@ -33,7 +33,6 @@ from tests.ops.norms import (
     gradient_from_output,
     make_inputs,
     needs_float64,
-    needs_kernels,
     of_norm,
     oracle_fused,
     seed_tensor,
@@ -41,7 +40,7 @@ from tests.ops.norms import (
     without_norm,
 )
 
-OPS = ("dropout_add_layer_norm", "dropout_add")
+OPS = ("dropout_add_layer_norm", "dropout_add", "layer_norm")
 
 
 def check(backend: Backend, inputs: dict[str, Tensor | None], *arguments: Any, **options: Any):
@@ -55,12 +54,13 @@ def check(backend: Backend, inputs: dict[str, Tensor | None], *arguments: Any, *
 def test_accuracy_of_dtypes(backend: Backend, dtype: torch.dtype, dropout_p: float) -> None:
     if dtype == fp64:
         needs_float64(backend)
-    needs_kernels(backend, dropout_p > 0)
+    few_kernels(backend, dropout_p > 0)
     check(backend, make_inputs((3, 21, 96), dtype), dropout_p)
 
 
 MIXED = [
     (bf16, {"residual": fp32, "weight": fp32, "bias": fp32}),  # as under autocast
+    (bf16, {"residual": fp32, "input_bias": fp32, "weight": fp32, "bias": fp32}),
     (fp16, {"residual": fp32, "weight": fp32, "bias": fp32}),
     (bf16, {"weight": fp32, "bias": fp32}),
     (fp16, {"input_bias": bf16, "weight": fp32, "bias": bf16}),
@@ -70,15 +70,17 @@ MIXED = [
 ]
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("case", range(len(MIXED)))
-def test_accuracy_of_mixed_dtypes(backend: Backend, case: int) -> None:
+def test_accuracy_of_mixed_dtypes(backend: Backend, case: int, dropout_p: float) -> None:
     dtype, dtypes = MIXED[case]
     if fp64 in dtypes.values():
         needs_float64(backend)
-    needs_kernels(backend, case in (0, 3))
-    check(backend, make_inputs((3, 21, 96), dtype, **dtypes))
+    few_kernels(backend, dropout_p > 0 and case in (0, 4))
+    check(backend, make_inputs((3, 21, 96), dtype, **dtypes), dropout_p)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize(
     ("input", "stream", "out", "copy"),
     [
@@ -96,19 +98,19 @@ def test_accuracy_of_mixed_dtypes(backend: Backend, case: int) -> None:
 )
 def test_accuracy_of_results_in_dtypes_of_their_own(
     backend: Backend, input: torch.dtype, stream: torch.dtype, out: torch.dtype | None,
-    copy: torch.dtype | None,
+    copy: torch.dtype | None, dropout_p: float,
 ) -> None:  # fmt: skip
     if copy == fp64:
         needs_float64(backend)
-    needs_kernels(backend, (stream, copy) in ((bf16, bf16), (fp32, fp32)))
+    few_kernels(backend, dropout_p > 0 and (stream, copy) in ((bf16, bf16), (fp32, fp32)))
     used = (0, 1) if copy is None else (0, 1, 2)
     inputs = make_inputs((3, 21, 96), stream, input=input, input_bias=input)
-    check_fused(backend, inputs, used=used, out_dtype=out, copy_dtype=copy)
+    check_fused(backend, inputs, dropout_p, used=used, out_dtype=out, copy_dtype=copy)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), WIDTHS, ids=str)
 def test_accuracy_of_widths(backend: Backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    needs_kernels(backend, shape[1] in COMPILED_COLUMNS)
+    few_kernels(backend, shape[1] in COMPILED_COLUMNS)
     check(backend, make_inputs(shape, dtype))
 
 
@@ -134,20 +136,24 @@ def test_accuracy_of_many_rows(backend: Backend, shape, dtypes) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize(
-    "shape", [(8,), (1, 1, 40), (2, 3, 40), (0, 40), (2, 0, 40), (0, 8200), (3, 0)], ids=str
+    "shape",
+    [(8,), (1, 1, 40), (2, 3, 40), (1000, 3), (2, 127, 63), (0, 40), (2, 0, 40), (0, 8200), (3, 0)],
+    ids=str,
 )
 def test_accuracy_of_shapes(backend: Backend, shape: tuple[int, ...], dropout_p: float) -> None:
-    needs_kernels(backend, dropout_p > 0)
+    few_kernels(backend, dropout_p > 0)
     check(backend, make_inputs(shape), dropout_p)
 
 
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_accuracy_of_layouts(backend: Backend, layout: str) -> None:
-    inputs, layouts = make_inputs(), {"input": LAYOUTS[layout]}
+def test_accuracy_of_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    inputs, layouts = make_inputs(dtype=dtype), {"input": LAYOUTS[layout]}
     for name in ("input_bias", "weight", "bias"):
         layouts[name] = lambda x: x.repeat_interleave(2)[::2]
     check(backend, inputs, P, layouts)
     check(backend, inputs, P, {"residual": LAYOUTS[layout]}, batch_first=False)
+    check(backend, inputs, 0.0, dict.fromkeys(("input", "residual"), LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
@@ -158,7 +164,7 @@ def test_accuracy_of_layouts(backend: Backend, layout: str) -> None:
     ids="+".join,
 )  # fmt: skip
 def test_parts_may_be_absent(backend: Backend, absent: tuple[str, ...], dropout_p: float) -> None:
-    needs_kernels(backend, dropout_p > 0 or len(absent) == 4)
+    few_kernels(backend, dropout_p > 0 or len(absent) == 4)
     check_fused(backend, {**make_inputs(), **dict.fromkeys(absent)}, dropout_p)
     if absent[0] in ("residual", "input_bias"):
         check_sum(backend, {**make_inputs(), **dict.fromkeys(absent)}, dropout_p)
@@ -168,8 +174,18 @@ def test_parts_may_be_absent(backend: Backend, absent: tuple[str, ...], dropout_
 @pytest.mark.parametrize("columns", [40, 8200])
 def test_gradients_that_flow_in_add_up(backend: Backend, columns: int, used) -> None:
     """Into the result, the sum and the copy: absent ones count as zeros."""
-    needs_kernels(backend, columns == 40)
+    few_kernels(backend, columns == 40)
     check_fused(backend, make_inputs((5, columns)), used=used, copy_dtype=bf16)
+
+
+@pytest.mark.parametrize("save", ["output", "copy"])
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+def test_gradients_that_flow_in_add_up_in_16_bits(backend: Backend, dtype, save: str) -> None:
+    """What is kept beside a sum that someone uses is narrower than it."""
+    few_kernels(backend, dtype == bf16)
+    inputs = make_inputs((5, 40), fp32, input=dtype, input_bias=dtype)
+    inputs["weight"] = away_from_zero(inputs["weight"])
+    check_fused(backend, inputs, used=(0, 1, 2), save=save, out_dtype=dtype, copy_dtype=fp32)
 
 
 def test_gradients_may_have_any_layout(backend: Backend) -> None:
@@ -199,7 +215,7 @@ NAMES = ("input", "residual", "input_bias", "weight", "bias")
 @pytest.mark.parametrize("columns", [40, 8200])
 def test_only_what_is_wanted_is_computed(backend: Backend, columns: int, used) -> None:
     """Each gradient alone is the one that all of them together give."""
-    needs_kernels(backend, columns == 40)
+    few_kernels(backend, columns == 40)
     inputs = make_inputs((5 if columns == 40 else 2, columns))
     op = some(backend.of(dropout_add_layer_norm, return_sum=True, **dropping()), used)
     everything = helpers.results_of(op, inputs)
@@ -229,7 +245,7 @@ def test_eps(backend: Backend, eps: float) -> None:
 @pytest.mark.parametrize("columns", [96, 8200])
 @torch.no_grad()
 def test_the_sum_is_rounded_whether_it_is_stored_or_not(backend, columns: int, dtypes) -> None:
-    needs_kernels(backend, columns == 96)
+    few_kernels(backend, columns == 96)
     branch, stream = dtypes
     inputs = make_inputs((3, columns), stream, input=branch, input_bias=branch)
     op = partial(backend.of, dropout_add_layer_norm, out_dtype=fp32, **dropping())
@@ -253,12 +269,24 @@ def test_a_copy_is_not_rounded_twice(backend: Backend, recorded: bool, dropout_p
     assert torch.equal(out, exact.to(bf16)) and not torch.equal(out.float(), copy)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("low", [bf16, fp16], ids=str)
+def test_a_narrower_copy_is_the_result_rounded(backend: Backend, low: torch.dtype) -> None:
+    """Also the one that backward begins from, which a norm alone has as its result."""
+    inputs = make_inputs()
+    op = partial(backend.of, dropout_add_layer_norm, copy_dtype=low)
+    out, copy = op(**dropping())(**inputs)
+    assert out.dtype == fp32 and torch.equal(copy, out.to(low))
+    _, copy = op(save="copy")(**{**inputs, "residual": None, "input_bias": None})
+    alone = backend.of(layer_norm, out_dtype=low, save="output")(**of_norm(inputs))
+    assert torch.equal(copy, alone)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P, 1.0])
 @pytest.mark.parametrize("columns", [40, 63, 8200])
 @np.errstate(invalid="ignore")
 def test_nan_and_infinity_pass_as_in_torch(backend, columns: int, dropout_p: float) -> None:
     """Dropout multiplies what it drops by zero, so they show there too, and in their row alone."""
-    needs_kernels(backend, columns != 63)
+    few_kernels(backend, columns != 63)
     inputs = make_inputs((8, columns))
     special = torch.tensor([torch.nan, torch.inf, -torch.inf])
     inputs["input"][1:4, :9] = special[:, None]
@@ -322,25 +350,35 @@ def test_accuracy_from_the_output(backend: Backend, dtype: torch.dtype, dropout_
     """At the limit of what ``why_not_from_output`` allows."""
     if dtype == fp64:
         needs_float64(backend)
-    needs_kernels(backend, dropout_p > 0 and dtype in (bf16, fp32))
+    few_kernels(backend, dropout_p > 0 and dtype in (bf16, fp32))
     inputs = make_inputs((3, 21, 96), dtype)
     inputs["weight"] = away_from_zero(inputs["weight"])
     inputs["bias"] = (2 * inputs["weight"].abs() * inputs["bias"].sign()).to(dtype)
     check_fused(backend, inputs, dropout_p, used=(0,), save="output")
 
 
+@pytest.mark.parametrize("columns", [1024, 8200])
+def test_accuracy_from_the_output_of_a_wider_stream(backend: Backend, columns: int) -> None:
+    inputs = make_inputs((3, columns), fp32, input=bf16, input_bias=bf16)
+    inputs["weight"] = away_from_zero(inputs["weight"])
+    check_fused(backend, inputs, used=(0,), save="output")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize("low", [fp16, bf16], ids=str)
 @pytest.mark.parametrize("columns", [63, 96, 8200])
-def test_accuracy_from_a_rounded_result(backend: Backend, columns: int, low) -> None:
+def test_accuracy_from_a_rounded_result(
+    backend: Backend, columns: int, low, dropout_p: float
+) -> None:
     """As exact as eager PyTorch in the dtype of what is kept, the result or its copy."""
-    needs_kernels(backend, columns != 63 and low == bf16)
+    few_kernels(backend, dropout_p > 0 and columns != 63 and low == bf16)
     inputs = make_inputs((5, columns))
     inputs["weight"] = away_from_zero(inputs["weight"])
-    keep, multiplier = decisions(inputs, P, None, True)
+    keep, multiplier = decisions(inputs, dropout_p, None, True)
 
-    def eager(**x: Tensor) -> Tensor:
+    def eager(*, keep: Tensor | None, **x: Tensor) -> Tensor:
         x = {name: tensor.to(low) for name, tensor in x.items()}
-        return eager_fused(**x, keep=keep.to(x["input"].device), dropout_p=P)[0]
+        return eager_fused(**x, keep=keep, dropout_p=dropout_p)[0]
 
     def oracle(**x: Tensor) -> Tensor:
         total = reference.dropout_add(**without_norm(x), multiplier=multiplier)
@@ -349,9 +387,9 @@ def test_accuracy_from_a_rounded_result(backend: Backend, columns: int, low) -> 
     for options, which in (
         ({"save": "output", "out_dtype": low}, 0), ({"save": "copy", "copy_dtype": low}, 1)
     ):  # fmt: skip
-        op = backend.of(dropout_add_layer_norm, **options, **dropping())
+        op = backend.of(dropout_add_layer_norm, **options, **dropping(dropout_p))
         ours = op if which == 0 else some(op, (1,))
-        helpers.assert_as_accurate_as_eager(ours, backend.there(eager), oracle, inputs)
+        helpers.assert_as_accurate_as_eager(ours, backend.there(eager, keep=keep), oracle, inputs)
 
 
 @pytest.mark.parametrize("low", [fp16, bf16], ids=str)
@@ -405,25 +443,26 @@ def test_gradcheck_of_all_results(backend: Backend, save: str) -> None:
     assert torch.autograd.gradcheck(by_position(op, NAMES), leaves, fast_mode=True)
 
 
-def compile_and_compare(backend: Backend, compiler: str) -> None:
+def compile_and_compare(backend: Backend, compiler: str, dropout_p: float = P) -> None:
     def run(input: Tensor, residual: Tensor, **others: Any) -> tuple[Tensor, ...]:
         affine = {name: others.pop(name) for name in ("weight", "bias")}
         total = dropout_add(input.sin(), residual, **others)
         results = dropout_add_layer_norm(input, total, return_sum=True, **affine, **others)
-        return total, *results
+        return total, *results, dropout_add_layer_norm(total, input, **affine, **others)
 
     inputs = make_inputs()
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=compiler)
     actual, expected = (
-        helpers.results_of(backend.of(function, **dropping()), inputs)
+        helpers.results_of(backend.of(function, **dropping(dropout_p)), inputs)
         for function in (compiled, run)
     )
     helpers.assert_close(actual, expected)
 
 
-def test_compiled_equals_eager(backend: Backend) -> None:
-    compile_and_compare(backend, "aot_eager")
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+def test_compiled_equals_eager(backend: Backend, dropout_p: float) -> None:
+    compile_and_compare(backend, "aot_eager", dropout_p)
 
 
 @pytest.mark.on("cuda")

@@ -216,6 +216,8 @@ def test_accuracy_of_layouts(backend: Backend, layout: str, name: str) -> None:
     layouts = {name: laid_out, "bias1": lambda x: x.repeat_interleave(2)[::2]}
     check(backend, inputs, P, "gelu", layouts, save="input")
     check(backend, inputs, P, "relu", layouts, save="hidden", batch_first=False)
+    if not backend.compiles:
+        check(backend, inputs, 0.0, "relu", layouts, save="input")
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 20])
@@ -444,7 +446,8 @@ def test_gradients_of_every_order(backend: Backend) -> None:
 
 
 @every_level
-def test_compiled_equals_eager(backend: Backend, save: str) -> None:
+@relu_and_another
+def test_compiled_equals_eager(backend: Backend, activation: str, save: str) -> None:
     inputs = make_inputs((3, 5, 8), 16, 8, dtype_of(backend))
 
     def run(input: Tensor, **rest: Any) -> Tensor:
@@ -452,7 +455,7 @@ def test_compiled_equals_eager(backend: Backend, save: str) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=backend.compiler)
-    options = options_of(activation="gelu", save=save)
+    options = options_of(activation=activation, save=save)
     actual, expected = (
         helpers.results_of(backend.of(function, **options), inputs) for function in (compiled, run)
     )

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn import dropout_add, dropout_add_layer_norm, layer_norm
 from tests import helpers, reference
-from tests.ops.backends import Backend
+from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, SIZES, with_edges
+from tests.ops.backends import Backend, few_kernels
 from tests.ops.norms import (
     COMPILED_COLUMNS,
     SEED,
@@ -28,13 +31,12 @@ from tests.ops.norms import (
     keep_of,
     make_inputs,
     needs_float64,
-    needs_kernels,
     of_norm,
     seed_tensor,
     without_norm,
 )
 
-OPS = ("dropout_add_layer_norm", "dropout_add")
+OPS = ("dropout_add_layer_norm", "dropout_add", "layer_norm")
 
 
 def assert_kept(backend: Backend, keep: Tensor, dtype=fp32, **options: Any) -> None:
@@ -69,7 +71,7 @@ def contract(
 
 @pytest.mark.parametrize(("shape", "dtype"), [*WIDTHS, ((130, 8), fp16), ((1, 1), fp32)], ids=str)
 def test_decisions_of_widths(backend: Backend, shape: tuple[int, int], dtype) -> None:
-    needs_kernels(backend, shape[1] in COMPILED_COLUMNS and shape[0] > 1)
+    few_kernels(backend, shape[1] in COMPILED_COLUMNS and shape[0] > 1)
     assert_kept(backend, keep_of(shape), dtype)
 
 
@@ -82,7 +84,7 @@ def test_decisions_do_not_depend_on_the_dtype(backend: Backend, columns: int, dt
     """Nor on how many elements one access takes."""
     if dtype == fp64:
         needs_float64(backend)
-    needs_kernels(backend, columns == 66)
+    few_kernels(backend, columns == 66)
     assert_kept(backend, keep_of((4, columns)), dtype)
 
 
@@ -111,24 +113,25 @@ def test_rows_far_into_a_batch(backend: Backend) -> None:
     assert_kept(backend, keep, row_index=index.int(), row_period=period)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**63 - 1])
-@pytest.mark.parametrize("site", [0, 2**16 - 1])
-def test_decisions_of_seeds_and_sites(backend: Backend, seed: int, site: int) -> None:
-    keep = contract(*reference.coordinates((4, 2)), 40, seed=seed, site=site)
-    assert_kept(backend, keep.view(4, 2, 40), seed=seed_tensor(seed), site=site)
-
-
-@pytest.mark.parametrize("p", [1 / 16384, 0.1, 0.5, 1 - 1 / 16384, 1.0])
-def test_decisions_of_probabilities(backend: Backend, p: float) -> None:
-    keep = contract(*reference.coordinates((4, 20)), 40, p=p)
-    assert_kept(backend, keep.view(4, 20, 40), dropout_p=p)
+@with_edges(tokens=(4, 20), columns=40, batch_first=True)
+@given(
+    seed=SEEDS, site=SITES, p=PROBABILITIES, tokens=st.tuples(SIZES, SIZES),
+    columns=st.integers(1, 200), batch_first=st.booleans(),
+)  # fmt: skip
+def test_decisions_of_any_call(
+    backend: Backend, seed: int, site: int, p: float, tokens: tuple[int, int], columns: int,
+    batch_first: bool,
+) -> None:  # fmt: skip
+    keep = contract(*reference.coordinates(tokens, batch_first), columns, seed=seed, site=site, p=p)
+    options = {"seed": seed_tensor(seed), "site": site, "dropout_p": p, "batch_first": batch_first}
+    assert_kept(backend, keep.view(*tokens, columns), **options)
 
 
 def test_a_probability_that_rounds_to_zero_drops_nothing(backend: Backend) -> None:
     inputs = make_inputs()
-    for op, given in ((dropout_add, without_norm(inputs)), (dropout_add_layer_norm, inputs)):
+    for op, tensors in ((dropout_add, without_norm(inputs)), (dropout_add_layer_norm, inputs)):
         tiny, none = (backend.of(op, **dropping(p)) for p in (3e-5, 0.0))
-        helpers.assert_same(helpers.results_of(tiny, given), helpers.results_of(none, given))
+        helpers.assert_same(helpers.results_of(tiny, tensors), helpers.results_of(none, tensors))
 
 
 def test_everything_dropped_leaves_the_residual(backend: Backend) -> None:

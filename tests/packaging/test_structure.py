@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import pickle
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 import fastattn
 from fastattn.arguments import AttentionArguments, AttentionDropout, TokenDropout
+from fastattn.dispatch import BACKENDS
 from fastattn.ops import (
     bias_activation_dropout,
     dropout_add,
@@ -20,6 +23,7 @@ from fastattn.ops import (
     layer_norm,
 )
 from tests import ROOT
+from tests.ops.backends import parameters
 
 FLOORS = (  # from the ground up; on a floor with several corridors none imports another
     "dropout dispatch packing tracing tuned version",
@@ -165,3 +169,23 @@ def test_tests_import_one_another_from_packages() -> None:
                 found = [x.name for x in node.names] if isinstance(node, ast.Import) else []
             faults += [f"{name} imports {x}" for x in found if x.split(".")[0] in {"", *stems}]
     assert faults == []
+
+
+CHECKS = [name for name in TESTS if name.endswith("_checks.py")]
+
+
+def test_every_backend_of_an_op_runs_its_checks() -> None:
+    checked = set()
+    for name in CHECKS:
+        ops = importlib.import_module(name.removesuffix(".py").replace("/", ".")).OPS
+        checked |= {(op, x.values[0].name) for op in ops for x in parameters(*ops)}
+    registered = {(op, name) for op, names in BACKENDS.items() for name in names}
+    left = {op for op, _ in registered - checked}
+    assert left == {"dropout_factor"}  # no kernel of its own: tests/ops/test_dropout.py
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_checks_name_no_backend(name: str) -> None:
+    """What one of them does otherwise is a quirk in its line, so that a new one is a line too."""
+    compared = re.findall(r"backend\.(?:name|how|fixture) *[!=]=", TESTS[name].read_text("utf-8"))
+    assert compared == []

@@ -18,11 +18,12 @@ from tests.kernels.cuda_on_cpu.layer_norm_calls import SEED, SITE, P, make_input
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["cuda", "cpu"])
 @pytest.mark.parametrize("save", ["sum", "output", "copy"])
 @pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (f32, f16), (f16, bf16)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 7, 264), (3, 5, 63), (0, 8)], ids=str)
-def test_the_ops_run_the_cpu_kernels(cuda_by_gxx: None, shape, dtypes, save) -> None:
-    """Every option of the ops, against the PyTorch backend."""
+def test_the_ops_run_the_kernels(cuda_by_gxx: None, shape, dtypes, save, backend: str) -> None:
+    """Every option of the ops, against the PyTorch backend; C++ kernels with the sanitizer too."""
     rows = make_inputs(math.prod(shape[:-1]), shape[-1], *dtypes)
     inputs = {name: x if x.dim() == 1 else x.view(shape) for name, x in rows.items()}
     inputs["weight"] = inputs["weight"].abs() + 1
@@ -43,7 +44,7 @@ def test_the_ops_run_the_cpu_kernels(cuda_by_gxx: None, shape, dtypes, save) -> 
         return *fused, alone, dropout_add(input, unaligned, **options)
 
     found, expected = (
-        helpers.results_of(partial(all_ops, taken), inputs) for taken in ("cpu", "pytorch")
+        helpers.results_of(partial(all_ops, taken), inputs) for taken in (backend, "pytorch")
     )
     for name, x in expected.items():
         assert found[name].dtype == x.dtype and found[name].shape == x.shape, name
