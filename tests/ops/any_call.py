@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 SEEDS = st.integers(0, 2**63 - 1)
 SITES = st.integers(0, 2**16 - 1)
 PROBABILITIES = st.integers(1, 2**14).map(lambda n: n / 2**14)
-SIZES = st.integers(1, 40)
+LENGTH = st.integers(1, 24)
+TOKENS = st.tuples(st.integers(1, 6), st.integers(1, 6))
 #: Seed, site and probability at the ends of their ranges, and at the edges of 32-bit words.
 EDGES = (
     (0, 0, 1 / 2**14),

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastattn import bias_activation_dropout
 from tests import helpers, reference
 from tests.ops import cuda_graphs
-from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, SIZES, with_edges
+from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, TOKENS, with_edges
 from tests.ops.backends import COMPOSED, FEW, MOST_USED, Backend, few_kernels
 
 OPS = ("bias_activation_dropout",)
@@ -104,7 +104,7 @@ def test_a_strided_row_index(backend: Backend) -> None:
 
 @with_edges(tokens=(4, 2), columns=192, offset=0)
 @given(
-    seed=SEEDS, site=SITES, p=PROBABILITIES, tokens=st.tuples(SIZES, SIZES),
+    seed=SEEDS, site=SITES, p=PROBABILITIES, tokens=TOKENS,
     columns=st.integers(1, 200), offset=st.integers(0, 2**20),
 )  # fmt: skip
 def test_decisions_of_any_call(
