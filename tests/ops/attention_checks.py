@@ -85,6 +85,7 @@ def test_decisions_of_any_call(
     backend: Backend, seed: int, site: int, p: float, shape: tuple[int, int, int, int],
     head_offset: int,
 ) -> None:  # fmt: skip
+    shape = (1, 1, 19, 21) if backend.compiles else shape  # which kernels are compiled for
     options = {"seed": seed, "site": site, "head_offset": head_offset}
     assert_decisions(backend, shape, p, **options, with_mask=True)
 

@@ -111,6 +111,7 @@ def test_decisions_of_any_call(
     backend: Backend, seed: int, site: int, p: float, tokens: tuple[int, int], columns: int,
     offset: int,
 ) -> None:  # fmt: skip
+    columns = 192 if backend.compiles else columns  # which kernels are compiled for
     keep = contract(
         *reference.coordinates(tokens), columns, seed=seed, site=site, p=p, offset=offset
     )

@@ -122,6 +122,7 @@ def test_decisions_of_any_call(
     backend: Backend, seed: int, site: int, p: float, tokens: tuple[int, int], columns: int,
     batch_first: bool,
 ) -> None:  # fmt: skip
+    columns = 40 if backend.compiles else columns  # which kernels are compiled for
     keep = contract(*reference.coordinates(tokens, batch_first), columns, seed=seed, site=site, p=p)
     options = {"seed": seed_tensor(seed), "site": site, "dropout_p": p, "batch_first": batch_first}
     assert_kept(backend, keep.view(*tokens, columns), **options)
