@@ -137,7 +137,17 @@ def test_accuracy_of_many_rows(backend: Backend, shape, dtypes) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, P])
 @pytest.mark.parametrize(
     "shape",
-    [(8,), (1, 1, 40), (2, 3, 40), (1000, 3), (2, 127, 63), (0, 40), (2, 0, 40), (0, 8200), (3, 0)],
+    [
+        (8,),
+        (1, 1, 40),
+        (2, 3, 40),
+        (1000, 16),
+        (2, 127, 63),
+        (0, 40),
+        (2, 0, 40),
+        (0, 8200),
+        (3, 0),
+    ],
     ids=str,
 )
 def test_accuracy_of_shapes(backend: Backend, shape: tuple[int, ...], dropout_p: float) -> None:

@@ -37,7 +37,10 @@ GIVEN = [("out",), ("sum",), ("copy",), ("out", "sum"), ("out", "copy"), ("copy"
 def test_some_gradients_in_and_some_out(
     machine: Machine, given: tuple[str, ...], columns: int
 ) -> None:
-    """Whatever is asked for, it is what the call that asks for everything gives."""
+    """Whatever is asked for, it is what the call that asks for everything gives.
+
+    But for the last bit of bf16: what else is asked for decides in which order rows are added.
+    """
     rows = 9
     call = Call(dropout=DROPS)
     inputs = make_inputs(rows, columns)
@@ -59,7 +62,7 @@ def test_some_gradients_in_and_some_out(
         )
         assert set(some) == wanted
         for name, gradient in some.items():
-            assert torch.equal(gradient, everything[name]), name
+            torch.testing.assert_close(gradient, everything[name], rtol=2**-7, atol=1e-5)
 
 
 def float64_backward(

@@ -194,13 +194,16 @@ def test_nonfinite_rows_stay_alone(machine: Machine, columns: int) -> None:
 
 
 def test_large_mean_and_tiny_variance(machine: Machine) -> None:
-    """The variance is that of distances from the mean, not a difference of squares."""
+    """The variance is that of distances from the mean, not a difference of squares.
+
+    Rounding a mean of 1000 deviations to fp32 is 500 units in the last place of a deviation.
+    """
     for columns in (264, 265):
         inputs = make_inputs(9, columns, f32)
         inputs["x"] += 1000.0
         inputs["residual"] *= 0.0
         inputs["x_bias"] = None
-        check(machine, Call(), inputs)
+        check(machine, Call(), inputs, floor_ulps=500)
         inputs["x"].fill_(3.0)
         result = forward(machine, Call(), **inputs)
         assert torch.equal(result.out, inputs["bias"].expand(9, columns))
