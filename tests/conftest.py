@@ -9,21 +9,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-#: Of hypothesis: the same few examples each time; with --hypothesis-profile=long many others.
-settings.register_profile(
-    "tests",
-    max_examples=10,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.register_profile(
-    "long", settings.get_profile("tests"), max_examples=500, derandomize=False, print_blob=True
-)
-settings.load_profile("tests")
 
 
 def why_not_interpreted() -> str | None:

@@ -1,12 +1,30 @@
-"""Calls that drop: hypothesis draws from all that the contract allows (docs/dropout.md)."""
+"""Calls that drop: hypothesis draws from all that the contract allows (docs/dropout.md).
+
+The same few each time, with ``HYPOTHESIS_PROFILE=long`` hundreds of others.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import example
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+settings.register_profile(
+    "tests",
+    max_examples=10,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile(
+    "long", settings.get_profile("tests"), max_examples=500, derandomize=False, print_blob=True
+)
+#: By name, since torch.testing loads a profile of its own wherever it is imported.
+PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 SEEDS = st.integers(0, 2**63 - 1)
 SITES = st.integers(0, 2**16 - 1)
@@ -23,6 +41,11 @@ EDGES = (
     (2**63 - 1, 0, 0.1),
     (2**63 - 1, 2**16 - 1, 1 / 2**14),
 )
+
+
+def drawn(**strategies: Any) -> Callable[[Any], Any]:
+    """A check is given arguments from these, by the profile."""
+    return lambda check: PROFILE(given(**strategies)(check))
 
 
 def with_edges(**others: Any) -> Callable[[Any], Any]:

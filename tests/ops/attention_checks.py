@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn import attention
 from tests import helpers, reference
-from tests.ops.any_call import LENGTH, PROBABILITIES, SEEDS, SITES
+from tests.ops.any_call import LENGTH, PROBABILITIES, SEEDS, SITES, drawn
 from tests.ops.attention_decisions import assert_decisions
 from tests.ops.attention_inputs import (
     DROPOUT,
@@ -77,7 +77,7 @@ def test_decisions_in_the_gradient_of_a_mask(backend: Backend, dtype: torch.dtyp
 @example(seed=0, site=0, p=0.4, shape=(1, 1, 19, 21), head_offset=0)
 @example(seed=2**32 - 1, site=2**16 - 1, p=0.4, shape=(1, 1, 19, 21), head_offset=5)
 @example(seed=2**63 - 1, site=2**16 - 1, p=0.4, shape=(2, 3, 19, 21), head_offset=2**16 - 3)
-@given(
+@drawn(
     seed=SEEDS, site=SITES, p=PROBABILITIES, head_offset=st.integers(0, 2**16 - 3),
     shape=st.tuples(st.integers(1, 2), st.integers(1, 3), LENGTH, st.integers(2, 24)),
 )  # fmt: skip

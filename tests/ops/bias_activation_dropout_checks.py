@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn import bias_activation_dropout
 from tests import helpers, reference
 from tests.ops import cuda_graphs
-from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, TOKENS, with_edges
+from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, TOKENS, drawn, with_edges
 from tests.ops.backends import COMPOSED, FEW, MOST_USED, Backend, few_kernels
 
 OPS = ("bias_activation_dropout",)
@@ -103,7 +102,7 @@ def test_a_strided_row_index(backend: Backend) -> None:
 
 
 @with_edges(tokens=(4, 2), columns=192, offset=0)
-@given(
+@drawn(
     seed=SEEDS, site=SITES, p=PROBABILITIES, tokens=TOKENS,
     columns=st.integers(1, 200), offset=st.integers(0, 2**20),
 )  # fmt: skip

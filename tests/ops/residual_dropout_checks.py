@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn import dropout_add, dropout_add_layer_norm, layer_norm
 from tests import helpers, reference
-from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, TOKENS, with_edges
+from tests.ops.any_call import PROBABILITIES, SEEDS, SITES, TOKENS, drawn, with_edges
 from tests.ops.backends import Backend, few_kernels
 from tests.ops.norms import (
     COMPILED_COLUMNS,
@@ -114,7 +113,7 @@ def test_rows_far_into_a_batch(backend: Backend) -> None:
 
 
 @with_edges(tokens=(4, 5), columns=40, batch_first=True)
-@given(
+@drawn(
     seed=SEEDS, site=SITES, p=PROBABILITIES, tokens=TOKENS,
     columns=st.integers(1, 200), batch_first=st.booleans(),
 )  # fmt: skip
