@@ -61,7 +61,6 @@ def test_sample(dtype, training, index):
         inputs = [forward.args[0], *fused.parameters()]
         inputs = [x.detach().requires_grad_() for x in inputs]
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-        assert torch.autograd.gradcheck(lambda src: run(src, *inputs[1:]), inputs[:1])
         seen["gradient checks"] += 1
 
 

@@ -245,8 +245,10 @@ def test_accuracy_of_a_single_key(
     check(backend, inputs, P, is_causal=lengths[0] == 1)
 
 
-@pytest.mark.parametrize(("dropout_p", "masked"), [(P, False), (P, True), (0.0, True)])
-@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize(
+    ("head_dim", "dropout_p", "masked"),
+    [(40, P, False), (64, P, False), (64, P, True), (64, 0.0, True)],
+)
 @pytest.mark.parametrize(
     ("dtype", "length", "magnitude"),
     [
@@ -403,6 +405,8 @@ def test_compiled_equals_eager(backend: Backend, dynamic: bool, dropout_p: float
         same = attention(key, key, key, **options)
         return attention(query.sin(), key, value, **masks, **options), same
 
+    if dynamic and backend.interprets:
+        pytest.skip("sizes are symbols in front of the kernels, whichever they are")
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch, *lengths in ((2, 9, 13), (3, 17, 12), (5, 12, 24))[: 3 if dynamic else 1]:

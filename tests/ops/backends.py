@@ -51,6 +51,11 @@ class Backend:
         return self.name.startswith("triton") and self.device == "cuda"
 
     @property
+    def interprets(self) -> bool:
+        """Whether each program of a kernel takes milliseconds."""
+        return self.mark is not None and self.mark.name == "interpreted"
+
+    @property
     def compiler(self) -> str:
         """The backend of torch.compile: on a GPU what users run, elsewhere one that is quick."""
         return "inductor" if self.device == "cuda" else "aot_eager"
@@ -113,6 +118,13 @@ def few_kernels(backend: Backend, is_one_of_them: bool) -> None:
     """Skip a call that would make a kernel of its own, and shows no more than others do."""
     if backend.compiles and not is_one_of_them:
         pytest.skip(f"{backend}: would compile one more kernel of a kind")
+
+
+def few_activations(backend: Backend, activation: str, dtype: torch.dtype) -> None:
+    """Skip a pair that shows no more than others do, where each takes long."""
+    usual = (torch.float32,) if backend.interprets else MOST_USED
+    if (backend.compiles or backend.interprets) and activation not in FEW and dtype not in usual:
+        pytest.skip(f"{backend}: one pair of many")
 
 
 def parameters(*ops: str) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn import dispatch, feed_forward
 from tests import helpers, reference
 from tests.ops import cuda_graphs
-from tests.ops.backends import FEW, MOST_USED, Backend, few_kernels
+from tests.ops.backends import FEW, Backend, few_activations, few_kernels
 from tests.ops.bias_activation_dropout_checks import EAGER, SEED, SITE, P, seed_tensor
 
 OPS = ("feed_forward",)
@@ -146,7 +146,7 @@ def check(
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 def test_accuracy_of_dtypes(backend: Backend, dtype, activation, dropout_p, save) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
-    few_kernels(backend, dtype in MOST_USED or activation in FEW)
+    few_activations(backend, activation, dtype)
     check(backend, make_inputs((3, 7, 40), 72, dtype=dtype), dropout_p, activation, save=save)
 
 
@@ -289,7 +289,7 @@ def assert_kept(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decisions_of_activations(backend: Backend, dtype, activation: str, save: str) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
-    few_kernels(backend, dtype in MOST_USED or activation in FEW)
+    few_activations(backend, activation, dtype)
     batch_first = save == "hidden"
     where, rows = reference.coordinates((4, 18), batch_first), {"batch_first": batch_first}
     assert_kept(backend, where, (4, 18, 72), dtype, activation, save=save, **rows)
@@ -362,7 +362,7 @@ def test_nan_stays_in_its_row(backend: Backend, dropout_p: float, activation: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_save_levels_give_the_same_bits(backend: Backend, dtype, activation, dropout_p) -> None:
     skip_what_it_cannot(backend, dtypes=(dtype,))
-    few_kernels(backend, dtype in MOST_USED or activation in FEW)
+    few_activations(backend, activation, dtype)
     inputs = make_inputs((3, 7, 40), 72, dtype=dtype)
     options = options_of(dropout_p, activation=activation)
     hidden, input = (

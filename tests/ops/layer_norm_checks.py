@@ -21,6 +21,7 @@ from tests.ops.norms import (
     bf16,
     check_norm,
     eager_norm,
+    few_programs,
     fp16,
     fp32,
     fp64,
@@ -100,6 +101,7 @@ def test_accuracy_of_many_rows(backend: Backend, columns: int, dtype: torch.dtyp
     ids=str,
 )  # fmt: skip
 def test_accuracy_of_shapes(backend: Backend, shape: tuple[int, ...]) -> None:
+    few_programs(backend, shape)
     check_norm(backend, make_inputs(shape))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,6 +88,12 @@ def needs_float64(backend: Backend) -> None:
     reason = dispatch.why_not("layer_norm", backend.name, torch.device(backend.device), **facts)
     if reason is not None:
         pytest.skip(reason)
+
+
+def few_programs(backend: Backend, shape: tuple[int, ...]) -> None:
+    """Skip many rows where each takes a program of an interpreter; other checks have some."""
+    if backend.interprets and math.prod(shape[:-1]) > 100:
+        pytest.skip(f"{backend}: would interpret a program for each of many rows")
 
 
 def keep_of(shape: tuple[int, ...], p: float = P, batch_first: bool = True) -> Tensor:
