@@ -1,6 +1,7 @@
 """Calls that drop: hypothesis draws from all that the contract allows (docs/dropout.md).
 
-The same few each time, with ``HYPOTHESIS_PROFILE=long`` hundreds of others.
+One version of hypothesis draws the same few each time; ``HYPOTHESIS_PROFILE=long`` draws hundreds
+of others.
 """
 
 from __future__ import annotations

@@ -118,6 +118,17 @@ def test_decisions_of_any_call(
     assert_kept(backend, keep.view(*tokens, columns), torch.float64, **options)
 
 
+def test_the_threshold_is_exact(backend: Backend) -> None:
+    """With this seed there are lanes on both sides of the smallest step of a probability."""
+
+    def keep(n: int) -> Tensor:
+        rows = reference.coordinates((4, 2))
+        return contract(*rows, 192, seed=206, site=8, p=n / 2**14).view(*(4, 2), 192)
+
+    assert not any(torch.equal(keep(n), keep(2**13)) for n in (2**13 - 1, 2**13 + 1))
+    assert_kept(backend, keep(2**13), torch.float64, seed=seed_tensor(206), site=8, dropout_p=0.5)
+
+
 def test_a_probability_that_rounds_to_zero_drops_nothing(backend: Backend) -> None:
     inputs = {"input": torch.randn(3, 5, 40), "bias": torch.randn(40)}
     tiny = backend.of(bias_activation_dropout, dropout_p=1e-5, seed=seed_tensor())

@@ -127,6 +127,17 @@ def test_decisions_of_any_call(
     assert_kept(backend, keep.view(*tokens, columns), **options)
 
 
+def test_the_threshold_is_exact(backend: Backend) -> None:
+    """With this seed there are lanes on both sides of the smallest step of a probability."""
+
+    def keep(n: int) -> Tensor:
+        rows = reference.coordinates((4, 5))
+        return contract(*rows, 40, seed=78, site=8, p=n / 2**14).view(*(4, 5), 40)
+
+    assert not any(torch.equal(keep(n), keep(2**13)) for n in (2**13 - 1, 2**13 + 1))
+    assert_kept(backend, keep(2**13), seed=seed_tensor(78), site=8, dropout_p=0.5)
+
+
 def test_a_probability_that_rounds_to_zero_drops_nothing(backend: Backend) -> None:
     inputs = make_inputs()
     for op, tensors in ((dropout_add, without_norm(inputs)), (dropout_add_layer_norm, inputs)):

@@ -14,7 +14,11 @@ from torch import Tensor
 from fastattn import attention, attention_packed
 from fastattn.arguments import AttentionArguments
 from tests import helpers
-from tests.ops import attention_masks_checks, attention_packed_checks
+from tests.ops import (
+    attention_lengths_checks,
+    attention_masks_checks,
+    attention_packed_checks,
+)
 from tests.ops.attention_inputs import (
     INF,
     QKV_LAYOUTS,
@@ -74,13 +78,13 @@ def test_infinity_excludes_in_sums_of_a_composite_too(
 def test_ignored_rows_reach_nothing_in_a_composite(
     case: str, dropout_p: float, special: float
 ) -> None:
-    attention_masks_checks.test_ignored_rows_reach_nothing(COMPOSITE, case, dropout_p, special)
+    attention_lengths_checks.test_ignored_rows_reach_nothing(COMPOSITE, case, dropout_p, special)
 
 
 def test_nan_that_counts_stays_out_of_ignored_rows_in_a_composite(
     request: pytest.FixtureRequest,
 ) -> None:
-    check = attention_masks_checks.test_nan_that_counts_stays_out_of_ignored_rows
+    check = attention_lengths_checks.test_nan_that_counts_stays_out_of_ignored_rows
     check(COMPOSITE, 0.0, request)
 
 

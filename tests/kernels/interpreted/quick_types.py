@@ -1,4 +1,4 @@
-"""What Triton's front end does anew in every operation, done once or at once: types and words."""
+"""Types of Triton's front end are made once; comparing and unwrapping them takes a short way."""
 
 from __future__ import annotations
 
