@@ -136,10 +136,8 @@ def parameters(*ops: str) -> list[Any]:
     ]
 
 
-def not_yet(
-    request: pytest.FixtureRequest, backend: Backend, quirk: str, always: bool = True
-) -> None:
-    """A backend with this quirk is known to fail here, ``always`` or with some inputs."""
+def not_yet(request: pytest.FixtureRequest, backend: Backend, quirk: str) -> None:
+    """A backend with this quirk is known to fail here."""
     if quirk in backend.quirks:
-        strict = always and backend.device == "cpu"  # a GPU rounds in an order of its own
+        strict = backend.device == "cpu"  # a GPU rounds in an order of its own
         request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=quirk, strict=strict))

@@ -123,7 +123,7 @@ def test_the_threshold_is_exact(backend: Backend) -> None:
 
     def keep(n: int) -> Tensor:
         rows = reference.coordinates((4, 2))
-        return contract(*rows, 192, seed=206, site=8, p=n / 2**14).view(*(4, 2), 192)
+        return contract(*rows, 192, seed=206, site=8, p=n / 2**14).view(4, 2, 192)
 
     assert not any(torch.equal(keep(n), keep(2**13)) for n in (2**13 - 1, 2**13 + 1))
     assert_kept(backend, keep(2**13), torch.float64, seed=seed_tensor(206), site=8, dropout_p=0.5)

@@ -116,7 +116,7 @@ def test_rows_far_from_zero(backend: Backend, shape: tuple[int, int]) -> None:
     """The variance is that of the differences from the mean, not a difference of squares.
 
     Rounding a mean of 1000 deviations to fp32 is 500 units in the last place of a deviation; a
-    difference of squares would be off by a million.
+    difference of squares would be off by hundreds of thousands.
     """
     floor_ulps = 500 if FP32_MEANS in backend.quirks else helpers.FLOOR_ULPS
     inputs = make_inputs(shape)

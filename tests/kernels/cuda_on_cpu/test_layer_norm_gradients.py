@@ -39,7 +39,7 @@ def test_some_gradients_in_and_some_out(
 ) -> None:
     """Whatever is asked for, it is what the call that asks for everything gives.
 
-    But for the last bit of bf16: what else is asked for decides in which order rows are added.
+    But for the last bit of bf16: it is another kernel, whose sums a compiler may order its own way.
     """
     rows = 9
     call = Call(dropout=DROPS)
